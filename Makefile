@@ -1,0 +1,43 @@
+# Everything a developer needs. `make demo` and `make test` work in a fresh clone with Python 3.11+, make and a C++ compiler.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PROTOS := $(shell find protos/luthier -name '*.proto' | sort)
+
+.PHONY: install demo test test-fast check proto bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml protos/pyproject.toml constraints.txt
+	$(PYTHON) scripts/check_machine.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --progress-bar on --quiet -c constraints.txt -e ./protos -e '.[dev,postgres]'
+	touch $@
+
+demo: install
+	$(BIN)/luthier demo --report demo-report.json
+
+test: install
+	$(BIN)/python -m pytest tests
+
+test-fast: install
+	$(BIN)/python -m pytest tests/unit
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	cd protos && ../$(BIN)/buf lint
+	$(BIN)/python scripts/generate_stubs.py --check
+
+proto: install
+	$(BIN)/python scripts/generate_stubs.py
+
+bench: install
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf build protos/build *.egg-info protos/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,104 @@
+"""Errors that reach a user, one class per gRPC code.
+
+LuthierError
+├── InvalidArgument      the request is wrong whatever the state (field violations say where)
+├── NotFound             no such thing, or not yours
+├── AlreadyExists        the name or request_id is taken by something else
+├── FailedPrecondition   right request, wrong moment
+├── Unauthenticated      no key, or one that does not count
+├── PermissionDenied     the key's role does not allow it
+├── ResourceExhausted    too large or too many
+├── Unavailable          something we depend on does not answer; try again
+└── Internal             our fault
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One bad field: its path in the request (`job.finetune.method`), and what is wrong with it."""
+
+    field: str
+    description: str
+
+
+class LuthierError(Exception):
+    """An error whose message a user reads. Survives pickling, so it may cross Ray and process borders.
+
+    `reason` is a stable UPPER_SNAKE_CASE word for programs; `grpc_code` the name of the gRPC status code.
+    """
+
+    grpc_code: ClassVar[str] = "UNKNOWN"
+
+    def __init__(self, message: str, reason: str = "", violations: Sequence[Violation] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.reason = reason or self.grpc_code
+        self.violations = tuple(violations)
+
+    def __reduce__(self) -> tuple[type[LuthierError], tuple[str, str, tuple[Violation, ...]]]:
+        return type(self), (self.message, self.reason, self.violations)
+
+
+class InvalidArgument(LuthierError):
+    """The request is wrong whatever the state of the system."""
+
+    grpc_code = "INVALID_ARGUMENT"
+
+    @classmethod
+    def of(cls, violations: Sequence[Violation], reason: str = "INVALID_ARGUMENT") -> InvalidArgument:
+        """Build the error from its violations; the message lists them in one line."""
+        return cls("; ".join(f"{v.field}: {v.description}" for v in violations), reason, violations)
+
+
+class NotFound(LuthierError):
+    """There is no such thing, or it belongs to another project."""
+
+    grpc_code = "NOT_FOUND"
+
+
+class AlreadyExists(LuthierError):
+    """The name or request id is taken by something else."""
+
+    grpc_code = "ALREADY_EXISTS"
+
+
+class FailedPrecondition(LuthierError):
+    """The request is right but the state does not allow it."""
+
+    grpc_code = "FAILED_PRECONDITION"
+
+
+class Unauthenticated(LuthierError):
+    """No key, or one that does not count."""
+
+    grpc_code = "UNAUTHENTICATED"
+
+
+class PermissionDenied(LuthierError):
+    """The key's role does not allow it."""
+
+    grpc_code = "PERMISSION_DENIED"
+
+
+class ResourceExhausted(LuthierError):
+    """Too large or too many."""
+
+    grpc_code = "RESOURCE_EXHAUSTED"
+
+
+class Unavailable(LuthierError):
+    """Something this depends on does not answer now."""
+
+    grpc_code = "UNAVAILABLE"
+
+
+class Internal(LuthierError):
+    """A fault of Luthier's own."""
+
+    grpc_code = "INTERNAL"

@@ -1,0 +1,64 @@
+"""The one settings object of a stack: a file, the environment and flags, in that order of increasing strength."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+
+def default_home() -> Path:
+    """Where a stack keeps everything unless told otherwise."""
+    return Path.home() / ".luthier"
+
+
+class Settings(BaseSettings):
+    """What a coordinator needs to know. Each field is also the environment variable `LUTHIER_<FIELD>`.
+
+    `<home>/luthier.toml` is read first, the environment overrides it, and arguments override both.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="LUTHIER_", extra="ignore")
+
+    home: Path = Field(default_factory=default_home, description="Folder of the stack: store, keys, logs, local storage.")
+    host: str = Field("127.0.0.1", description="Address the gRPC server listens on.")
+    port: int = Field(7420, ge=0, le=65535, description="Port of the gRPC server; 0 picks a free one.")
+    advertise: str = Field("", description="host:port at which agents on other nodes reach the coordinator; host:port if empty.")
+    store_url: str = Field("", description="SQLAlchemy URL of the records; SQLite in the home if empty.")
+    storage_uri: str = Field("", description="URI under which artifacts are kept; a folder in the home if empty.")
+    ray_address: str = Field("", description="URL of the Ray dashboard (http://host:8265); empty while there is none.")
+    ray_token_path: Path | None = Field(None, description="File with Ray's token; no token is sent if empty.")
+    agent_python: str = Field("python", description="Python interpreter of the agents on the cluster's nodes.")
+    gateway_host: str = Field("127.0.0.1", description="Address the HTTP gateway listens on.")
+    gateway_port: int = Field(8000, ge=1, le=65535, description="Port of the HTTP gateway.")
+    local_bases: bool = Field(True, description="Whether admins may name base models by absolute path on the cluster.")
+    max_upload_bytes: int = Field(16 * 2**30, gt=0, description="Largest data set or model file that is taken.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Put the file below the environment, and the environment below the arguments."""
+        home = init_settings().get("home") or env_settings().get("home") or default_home()
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, Path(home) / "luthier.toml")
+
+    @property
+    def database_url(self) -> str:
+        """URL of the records."""
+        return self.store_url or f"sqlite:///{self.home / 'luthier.db'}"
+
+    @property
+    def storage(self) -> str:
+        """URI of the artifacts' root, without a trailing slash."""
+        return self.storage_uri.rstrip("/") or (self.home / "storage").absolute().as_uri()
