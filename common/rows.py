@@ -1,0 +1,126 @@
+"""Rows of a data set in their one form, the hash of their content, and their files (Parquet, one a split)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from common.errors import FailedPrecondition
+
+SCHEMA = pa.schema(
+    [
+        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("prompt", pa.string()),
+        ("completion", pa.string()),
+        ("label", pa.string()),
+        ("line", pa.int64()),
+    ]
+)
+BATCH = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat: `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One example. A chat has `messages`, the last by the assistant; any other row has a prompt and a completion.
+
+    A row of text and label has the text as its prompt and the label as its completion. `label` is empty where rows carry none.
+    `line` is where the row stood in its source, for messages; it is no part of the content.
+    """
+
+    messages: tuple[Message, ...] | None = None
+    prompt: str = ""
+    completion: str = ""
+    label: str = ""
+    line: int = 0
+
+    def canonical(self) -> bytes:
+        """Return the row as one line of canonical JSON: equal content, equal bytes."""
+        content: dict[str, Any] = {"label": self.label} if self.label else {}
+        if self.messages is not None:
+            content["messages"] = [{"role": message.role, "content": message.content} for message in self.messages]
+        else:
+            content |= {"prompt": self.prompt, "completion": self.completion}
+        return json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+    def characters(self) -> int:
+        """Return the length of all texts of the row."""
+        if self.messages is not None:
+            return sum(len(message.content) for message in self.messages)
+        return len(self.prompt) + len(self.completion)
+
+
+def content_hash(rows: Iterable[Row]) -> str:
+    """Return the SHA-256 over the rows in canonical form and order: the hash of a split."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(row.canonical())
+    return digest.hexdigest()
+
+
+def version_hash(splits: Mapping[str, str]) -> str:
+    """Return the content hash of a version from those of its splits by name."""
+    return hashlib.sha256(json.dumps(dict(splits), sort_keys=True).encode()).hexdigest()
+
+
+def write_split(rows: Iterable[Row], path: Path) -> int:
+    """Write rows to a Parquet file, a batch at a time, and return how many they were."""
+    count = 0
+    with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
+        for batch in _batches(rows):
+            writer.write_table(_table(batch))
+            count += len(batch)
+    return count
+
+
+def iter_split(path: Path) -> Iterator[Row]:
+    """Yield the rows of a split in order, a batch in memory at a time. Raises FailedPrecondition where the file is not one."""
+    try:
+        with pq.ParquetFile(path) as file:
+            if not file.schema_arrow.equals(SCHEMA):
+                raise FailedPrecondition(f"{path} does not hold rows of this version's form", "ARTIFACT_DAMAGED")
+            for batch in file.iter_batches(BATCH):
+                yield from map(_row, batch.to_pylist())
+    except (OSError, pa.ArrowException) as error:
+        raise FailedPrecondition(f"the rows in {path} cannot be read: {error}", "ARTIFACT_DAMAGED") from error
+
+
+def read_split(path: Path) -> list[Row]:
+    """Return all rows of a split in order."""
+    return list(iter_split(path))
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    batch: list[Row] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _table(rows: list[Row]) -> Any:
+    chats = [None if r.messages is None else [{"role": m.role, "content": m.content} for m in r.messages] for r in rows]
+    columns = [chats, *([getattr(row, name) for row in rows] for name in SCHEMA.names[1:])]
+    return pa.table([pa.array(values, field.type) for values, field in zip(columns, SCHEMA, strict=True)], SCHEMA)
+
+
+def _row(values: dict[str, Any]) -> Row:
+    chat = values.pop("messages")
+    return Row(None if chat is None else tuple(Message(**message) for message in chat), **values)
