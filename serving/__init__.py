@@ -1,0 +1,1 @@
+"""Serving: the gateway that clients talk to, and the engines behind it."""

@@ -1,0 +1,124 @@
+"""What an engine is: one loaded model that renders, generates, streams and scores. No torch here."""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from common.errors import InvalidArgument, Violation
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to generate. Temperature 0 is greedy; the same seed gives the same text whatever else is in the batch."""
+
+    max_tokens: int | None = 256  # None: as far as the context reaches
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        bad: list[Violation] = []
+        if self.max_tokens is not None and self.max_tokens < 1:
+            bad.append(Violation("max_tokens", f"must be at least 1, is {self.max_tokens}"))
+        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 2):
+            bad.append(Violation("temperature", f"must be between 0 and 2, is {self.temperature}"))
+        if not (math.isfinite(self.top_p) and 0 < self.top_p <= 1):
+            bad.append(Violation("top_p", f"must be above 0 and at most 1, is {self.top_p}"))
+        if any(not text for text in self.stop):
+            bad.append(Violation("stop", "must not hold an empty string"))
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            bad.append(Violation("seed", "must fit in 64 bits"))
+        if bad:
+            raise InvalidArgument.of(bad)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Generated text. `finish_reason` is `stop` (end of turn or a stop string), `length`, or `cancelled`."""
+
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sum of the log-probabilities of a completion's tokens (its end of turn among them), and their number."""
+
+    logprob: float
+    tokens: int
+
+
+@dataclass
+class Request:
+    """One prompt on its way. `on_text` gets the text as it comes, from the engine's thread; `cancel` ends it early."""
+
+    prompt: str
+    params: SamplingParams
+    on_text: Callable[[str], None] | None = None
+    cancel: threading.Event = field(default_factory=threading.Event)
+
+
+class Engine(ABC):
+    """One loaded model. Methods may be called from several threads."""
+
+    #: SHA-256 of the chat template, empty where the model has none.
+    chat_template_sha256: str
+    #: Most tokens that prompt and completion may have together.
+    max_length: int
+
+    @abstractmethod
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Return the prompt for a conversation, as the model's chat template writes it, ready for the answer."""
+
+    @abstractmethod
+    def check(self, prompt: str) -> int:
+        """Return the number of tokens of `prompt`; raises InvalidArgument where it leaves no room for an answer."""
+
+    @abstractmethod
+    def run(self, requests: Sequence[Request]) -> list[Completion]:
+        """Carry out `requests` in batches and return their completions in order."""
+
+    @abstractmethod
+    def score(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
+        """Return how likely each completion is after its prompt, rendered as in training."""
+
+    def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[Completion]:
+        """Complete each of `prompts`, in order."""
+        return self.run([Request(prompt, params) for prompt in prompts])
+
+    def stream(self, prompt: str, params: SamplingParams) -> Iterator[str | Completion]:
+        """Yield the text as it comes, and the whole Completion last. Closing the iterator ends the generation."""
+        self.check(prompt)
+        events: queue.SimpleQueue[str | Completion | BaseException] = queue.SimpleQueue()
+        request = Request(prompt, params, on_text=events.put)
+
+        def work() -> None:
+            try:
+                events.put(self.run([request])[0])
+            except BaseException as error:  # handed over to the reader's thread, which raises it
+                events.put(error)
+
+        thread = threading.Thread(target=work, name="engine-stream", daemon=True)
+        thread.start()
+        try:
+            while True:
+                event = events.get()
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+                if isinstance(event, Completion):
+                    return
+        finally:
+            request.cancel.set()
+            thread.join()

@@ -1,0 +1,191 @@
+"""The engine that runs everywhere: transformers, on CPU or one GPU."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from common.chat import template_sha256
+from common.errors import InvalidArgument, Violation
+from serving.engines import loading
+from serving.engines.base import Completion, Engine, Request, Score
+from serving.engines.decoding import Row, choose
+from serving.engines.prompts import PromptCodec
+
+logger = logging.getLogger(__name__)
+
+MAX_ROWS = 32  # rows that are generated together
+PREFILL_TOKENS = 16_384  # padded prompt tokens of one batch
+SCORE_TOKENS = 4_096  # padded tokens of one forward pass when scoring
+SCORE_LOGITS = 2**28  # logits held at a time when scoring: 1 GiB of float32
+
+
+class TransformersEngine(Engine):
+    """One causal language model of transformers, with or without an adapter. Made by `load`."""
+
+    def __init__(self, model: Any, tokenizer: Any, max_length: int, end_tokens: set[int]) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._codec = PromptCodec(tokenizer)
+        end_of_turn = self._codec.end_of_turn()
+        self._end_tokens = frozenset(end_tokens | ({end_of_turn} - {None}))  # type: ignore[arg-type]
+        pad = tokenizer.pad_token_id
+        self._pad = pad if pad is not None else min(self._end_tokens, default=0)
+        self._vocabulary = int(model.get_input_embeddings().num_embeddings)
+        forward = model.get_base_model().forward if hasattr(model, "get_base_model") else model.forward
+        self._keeps_logits = "logits_to_keep" in inspect.signature(forward).parameters
+        template = tokenizer.chat_template
+        self.chat_template_sha256 = template_sha256(template) if isinstance(template, str) and template else ""
+        self.max_length = max_length
+
+    @classmethod
+    def load(cls, model_dir: Path, base_dir: Path | None = None, device: str = "auto") -> TransformersEngine:
+        """Load a model folder; raises InvalidArgument or FailedPrecondition where it cannot be served."""
+        target = loading.pick_device(device)
+        model = loading.load_model(model_dir, base_dir, target)
+        tokenizer = loading.load_tokenizer(model_dir, base_dir)
+        rows = int(model.get_input_embeddings().num_embeddings)
+        if len(tokenizer) > rows:
+            raise InvalidArgument(f"the tokenizer has {len(tokenizer):,} tokens, but the model only {rows:,}", "BAD_TOKENIZER")
+        ends = loading.end_tokens(model_dir, model, tokenizer)
+        # What the model's authors recommend for sampling must not colour what a request asks for.
+        model.generation_config = GenerationConfig()
+        return cls(model, tokenizer, loading.context_length(model, tokenizer), ends)
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Return the prompt for a conversation, as the model's chat template writes it, ready for the answer."""
+        return self._codec.render(messages)
+
+    def check(self, prompt: str) -> int:
+        """Return the number of tokens of `prompt`; raises InvalidArgument where it leaves no room for an answer."""
+        return len(self._encode(prompt))
+
+    def run(self, requests: Sequence[Request]) -> list[Completion]:
+        """Carry out `requests` in batches and return their completions in order."""
+        rows = [Row(request, self._encode(request.prompt), self.max_length, self._decode) for request in requests]
+        # Like lengths go together: less padding.
+        pending = sorted(rows, key=lambda row: len(row.ids), reverse=True)
+        while pending:
+            batch = self._next_batch(pending)
+            self._generate(batch)
+            pending = [row for row in pending if row.finish_reason is None]
+        return [row.completion() for row in rows]
+
+    @torch.inference_mode()
+    def score(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
+        """Return how likely each completion is after its prompt, rendered as in training."""
+        encoded: list[tuple[int, list[int], int]] = []
+        for index, (prompt, completion) in enumerate(pairs):
+            ids, start = self._codec.encode_pair(prompt, completion)
+            if len(ids) > self.max_length:
+                raise InvalidArgument(
+                    f"pair {index} has {len(ids):,} tokens with its completion, but the model takes {self.max_length:,}",
+                    "PROMPT_TOO_LONG",
+                )
+            encoded.append((index, ids, max(start, 1)))  # the very first token has nothing before it
+        encoded.sort(key=lambda item: -len(item[1]))
+        scores: list[Score] = [Score(0.0, 0)] * len(pairs)
+        while encoded:
+            count = self._score_batch(encoded)
+            batch, encoded = encoded[:count], encoded[count:]
+            for (index, ids, start), logprob in zip(batch, self._logprobs(batch), strict=True):
+                scores[index] = Score(logprob, max(0, len(ids) - start))
+        return scores
+
+    def _score_batch(self, encoded: Sequence[tuple[int, list[int], int]]) -> int:
+        """Return how many of `encoded`, longest first, go into one forward pass."""
+        longest = first = len(encoded[0][1])
+        for count, (_, _, start) in enumerate(encoded):
+            first = min(first, start - 1)
+            rows = count + 1
+            too_many = rows * longest > SCORE_TOKENS or rows * (longest - first) * self._vocabulary > SCORE_LOGITS
+            if count and too_many:
+                return count
+        return len(encoded)
+
+    def _logprobs(self, batch: Sequence[tuple[int, list[int], int]]) -> list[float]:
+        length = max(len(ids) for _, ids, _ in batch)
+        device = self._model.device
+        tokens = torch.tensor([ids + [self._pad] * (length - len(ids)) for _, ids, _ in batch])
+        mask = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for _, ids, _ in batch])
+        inputs = {"input_ids": tokens.to(device), "attention_mask": mask.to(device), "use_cache": False}
+        # The logits at position p are about token p + 1.
+        first = min(start for _, _, start in batch) - 1
+        if self._keeps_logits:
+            logits = self._model(**inputs, logits_to_keep=length - first).logits
+        else:
+            logits = self._model(**inputs).logits[:, first:]
+        found: list[float] = []
+        for row, (_, ids, start) in enumerate(batch):
+            picked = logits[row, start - 1 - first : len(ids) - 1 - first].float()
+            targets = tokens[row, start : len(ids)].to(device)
+            likely = picked.gather(1, targets[:, None])[:, 0] - picked.logsumexp(dim=-1)
+            found.append(float(likely.double().sum()))
+        return found
+
+    def _encode(self, prompt: str) -> list[int]:
+        ids = self._codec.encode(prompt)
+        if not ids:
+            raise InvalidArgument.of([Violation("prompt", "must not be empty")])
+        if len(ids) >= self.max_length:
+            raise InvalidArgument.of(
+                [Violation("prompt", f"has {len(ids):,} tokens, but the model takes {self.max_length:,} with the answer")],
+                "PROMPT_TOO_LONG",
+            )
+        return ids
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
+
+    def _next_batch(self, pending: Sequence[Row]) -> list[Row]:
+        count = max(1, min(MAX_ROWS, PREFILL_TOKENS // len(pending[0].ids)))
+        return list(pending[:count])
+
+    @torch.inference_mode()
+    def _generate(self, rows: list[Row]) -> None:
+        """Generate until every row ends or the longest fills the context; what has not ended then goes into another batch."""
+        length = max(len(row.ids) for row in rows)
+        tokens = torch.tensor([[self._pad] * (length - len(row.ids)) + row.ids for row in rows])
+        mask = torch.tensor([[0] * (length - len(row.ids)) + [1] * len(row.ids) for row in rows])
+        device = self._model.device
+        config = GenerationConfig(
+            max_new_tokens=self.max_length - length, do_sample=False, pad_token_id=self._pad, use_cache=True
+        )
+        self._model.generate(
+            input_ids=tokens.to(device),
+            attention_mask=mask.to(device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([_Chooser(rows)]),
+            stopping_criteria=StoppingCriteriaList([_Reader(rows, self._end_tokens)]),
+        )
+
+
+class _Chooser(LogitsProcessor):
+    """Decides the next tokens, so that each row samples by its own parameters."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = rows
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        chosen = choose(scores, self._rows)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+
+
+class _Reader(StoppingCriteria):
+    """Hands each row its next token and tells which rows are done."""
+
+    def __init__(self, rows: Sequence[Row], end_tokens: frozenset[int]) -> None:
+        self._rows = rows
+        self._end_tokens = end_tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
+            if row.finish_reason is None:
+                row.push(token, self._end_tokens)
+        return torch.tensor([row.finish_reason is not None for row in self._rows], device=input_ids.device)
