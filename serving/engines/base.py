@@ -93,6 +93,14 @@ class Engine(ABC):
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
         """Return how likely each completion is after its prompt, rendered as in training."""
 
+    @abstractmethod
+    def score_choices(self, choices: Sequence[tuple[str, Sequence[tuple[str, int]]]]) -> list[list[Score]]:
+        """Return how likely each of several completions is after its prompt; what they share is computed once.
+
+        A choice is a prompt and its alternatives, each a text and a number of characters of it: only the tokens that begin
+        before that many characters count. Where that is the whole text, so does its end of turn.
+        """
+
     def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[Completion]:
         """Complete each of `prompts`, in order."""
         return self.run([Request(prompt, params) for prompt in prompts])

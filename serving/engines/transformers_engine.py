@@ -15,6 +15,7 @@ from common.chat import template_sha256
 from common.errors import InvalidArgument, Violation
 from serving.engines import loading
 from serving.engines.base import Completion, Engine, Request, Score
+from serving.engines.choices import Choice, ChoiceScorer
 from serving.engines.decoding import Row, choose
 from serving.engines.prompts import PromptCodec
 
@@ -40,6 +41,7 @@ class TransformersEngine(Engine):
         self._vocabulary = int(model.get_input_embeddings().num_embeddings)
         forward = model.get_base_model().forward if hasattr(model, "get_base_model") else model.forward
         self._keeps_logits = "logits_to_keep" in inspect.signature(forward).parameters
+        self._shares_beginnings = ChoiceScorer.fits(model)
         template = tokenizer.chat_template
         self.chat_template_sha256 = template_sha256(template) if isinstance(template, str) and template else ""
         self.max_length = max_length
@@ -97,6 +99,41 @@ class TransformersEngine(Engine):
             for (index, ids, start), logprob in zip(batch, self._logprobs(batch), strict=True):
                 scores[index] = Score(logprob, max(0, len(ids) - start))
         return scores
+
+    @torch.inference_mode()
+    def score_choices(self, choices: Sequence[tuple[str, Sequence[tuple[str, int]]]]) -> list[list[Score]]:
+        """Return how likely each of several completions is after its prompt; what they share is computed once."""
+        encoded: list[Choice] = []
+        for number, (prompt, alternatives) in enumerate(choices):
+            pairs = [self._encode_until(prompt, text, end) for text, end in alternatives]
+            start = min(start for _, start in pairs)
+            encoded.append(Choice.of(number, list(enumerate(ids for ids, _ in pairs)), start))
+        if self._shares_beginnings:
+            return ChoiceScorer(self._model, self._pad, self._vocabulary).score(encoded)
+        flat = [(choice.number, ids, choice.start) for choice in encoded for _, ids in choice.alternatives]
+        found: list[list[Score]] = [[] for _ in encoded]
+        while flat:
+            count = max(1, SCORE_TOKENS // max(len(ids) for _, ids, _ in flat))
+            batch, flat = flat[:count], flat[count:]
+            for (number, ids, start), logprob in zip(batch, self._logprobs(batch), strict=True):
+                found[number].append(Score(logprob, len(ids) - start))
+        return found
+
+    def _encode_until(self, prompt: str, completion: str, end: int) -> tuple[list[int], int]:
+        """Return the tokens up to the one that holds the last of `end` characters, and where the completion starts."""
+        ids, start = self._codec.encode_pair(prompt, completion)
+        start = max(start, 1)
+        if len(ids) > self.max_length:
+            raise InvalidArgument(
+                f"a prompt has {len(ids):,} tokens with its completion, but the model takes {self.max_length:,}",
+                "PROMPT_TOO_LONG",
+            )
+        if end < len(completion):
+            until = start + 1
+            while until < len(ids) and len(self._decode(ids[start:until])) < end:
+                until += 1
+            ids = ids[:until]
+        return ids, start
 
     def _score_batch(self, encoded: Sequence[tuple[int, list[int], int]]) -> int:
         """Return how many of `encoded`, longest first, go into one forward pass."""
