@@ -1,0 +1,319 @@
+"""A small typed client: the stubs with address and key attached, and the few loops that everybody would write."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import grpc
+
+from luthier.client.channel import open_channel
+from luthier.client.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from luthier.client.names import full_name, full_version
+from luthier.client.paging import page_through
+from luthier.client.streams import STREAM_SECONDS, Stream, tail, watch
+from luthier.client.uploads import Progress, dataset_messages, model_files, model_messages, sha256_of
+from luthier.v1 import admin_pb2, dataset_pb2, endpoint_pb2, job_pb2, model_pb2
+from luthier.v1.admin_pb2_grpc import AdminServiceStub
+from luthier.v1.dataset_pb2_grpc import DatasetServiceStub
+from luthier.v1.endpoint_pb2_grpc import EndpointServiceStub
+from luthier.v1.job_pb2_grpc import JobServiceStub
+from luthier.v1.model_pb2_grpc import ModelServiceStub
+
+DEFAULT_SERVER = "127.0.0.1:7420"
+UPLOAD_TRIES = 3
+
+T = TypeVar("T")
+
+
+class Client:
+    """A connection to a coordinator.
+
+    `server` is host:port (else `LUTHIER_SERVER`, else 127.0.0.1:7420), `token` an API key (else `LUTHIER_TOKEN`), `timeout`
+    the seconds that a call which is no stream may take. The attributes `jobs`, `datasets`, `models`, `endpoints` and `admin`
+    are the generated stubs; key, deadline, retries and exceptions (`LuthierError`) are attached to them. Names may be short
+    (`tickets@2`) in the methods of this class and are full (`projects/...`) in the messages. Use it as a context manager or
+    call `close()`. It may be shared by threads.
+    """
+
+    def __init__(
+        self,
+        server: str | None = None,
+        token: str | None = None,
+        project: str = "default",
+        timeout: float | None = 60.0,
+        patience: float | None = 300.0,
+    ) -> None:
+        """`patience` is how long `watch`, `wait` and `logs` try again while the coordinator is away; None is for ever."""
+        self.server = server or os.environ.get("LUTHIER_SERVER") or DEFAULT_SERVER
+        self.project = project
+        self._patience = patience
+        self._channel = open_channel(self.server, os.environ.get("LUTHIER_TOKEN", "") if token is None else token, timeout)
+        self.jobs = JobServiceStub(self._channel)
+        self.datasets = DatasetServiceStub(self._channel)
+        self.models = ModelServiceStub(self._channel)
+        self.endpoints = EndpointServiceStub(self._channel)
+        self.admin = AdminServiceStub(self._channel)
+
+    @property
+    def parent(self) -> str:
+        """Full name of the project."""
+        return f"projects/{self.project}"
+
+    def close(self) -> None:
+        """Close the connection; calls in progress end."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    # Jobs
+
+    def create_job(self, job: job_pb2.Job, request_id: str | None = None, validate_only: bool = False) -> job_pb2.Job:
+        """Record a job and return it. The same `request_id` gives the same job, however often it is sent."""
+        request = job_pb2.CreateJobRequest(
+            parent=self.parent, job=job, request_id=request_id or str(uuid.uuid4()), validate_only=validate_only
+        )
+        return self.jobs.CreateJob(request).job
+
+    def get_job(self, name: str) -> job_pb2.Job:
+        """Return a job."""
+        return self.jobs.GetJob(job_pb2.GetJobRequest(name=self.job_name(name))).job
+
+    def list_jobs(self, filter: str = "", page_size: int = 100) -> Iterator[job_pb2.Job]:
+        """All jobs that match, newest first, for example `state=RUNNING AND kind=sweep`."""
+        request = job_pb2.ListJobsRequest(parent=self.parent, filter=filter, page_size=page_size)
+        return page_through(self.jobs.ListJobs, request, lambda page: page.jobs)
+
+    def cancel_job(self, name: str) -> job_pb2.Job:
+        """Ask for a job to end and return it as it is now."""
+        return self.jobs.CancelJob(job_pb2.CancelJobRequest(name=self.job_name(name))).job
+
+    def watch(self, name: str, after_sequence: int = 0) -> Iterator[job_pb2.WatchJobResponse]:
+        """Yield a job's events after a number, each once and in order, with progress in between; end when the job has.
+
+        A stream that breaks is opened again after the last event seen, so a restart of the coordinator goes unnoticed.
+        """
+        full = self.job_name(name)
+        return watch(
+            lambda seen: self.jobs.WatchJob(job_pb2.WatchJobRequest(name=full, after_sequence=seen), timeout=STREAM_SECONDS),
+            after_sequence,
+            self._patience,
+        )
+
+    def wait(self, name: str, timeout: float | None = None) -> job_pb2.Job:
+        """Wait until a job has ended, however it ended, and return it. Raises DeadlineExceeded after `timeout` seconds."""
+        full = self.job_name(name)
+        end = None if timeout is None else time.monotonic() + timeout
+
+        def open_stream(seen: int) -> Stream[job_pb2.WatchJobResponse]:
+            left = STREAM_SECONDS if end is None else min(STREAM_SECONDS, end - time.monotonic())
+            if left <= 0:
+                raise DeadlineExceeded(f"{full} has not ended within {timeout:g} s", grpc.StatusCode.DEADLINE_EXCEEDED)
+            return self.jobs.WatchJob(job_pb2.WatchJobRequest(name=full, after_sequence=seen), timeout=left)
+
+        for item in watch(open_stream, 0, self._patience):
+            if item.HasField("job"):
+                return item.job
+        return self.get_job(full)
+
+    def logs(self, name: str, after_sequence: int = 0, follow: bool = False, source: str = "") -> Iterator[job_pb2.LogLine]:
+        """Yield a job's log lines, oldest first; with `follow` until the job ends. Resumes like `watch`."""
+        full = self.job_name(name)
+        return tail(
+            lambda seen: self.jobs.TailLogs(
+                job_pb2.TailLogsRequest(name=full, after_sequence=seen, follow=follow, source=source), timeout=STREAM_SECONDS
+            ),
+            after_sequence,
+            follow,
+            lambda: self.get_job(full).HasField("end_time"),
+            self._patience,
+        )
+
+    def job_name(self, name: str) -> str:
+        """Full name of a job."""
+        return full_name(self.project, "jobs", name)
+
+    # Data sets
+
+    def upload_dataset(
+        self,
+        path: Path | str,
+        name: str,
+        columns: Mapping[str, str] | None = None,
+        format: str = "",
+        test_fraction: float | None = None,
+        split_seed: int | None = None,
+        request_id: str | None = None,
+        progress: Progress | None = None,
+    ) -> dataset_pb2.DatasetVersion:
+        """Send a JSONL, CSV or Parquet file up as the next version of data set `name`, and return that version.
+
+        `columns` maps parts of a row (prompt, completion, text, label, messages, split) to the file's columns.
+        """
+        path = _existing_file(path)
+        header = dataset_pb2.UploadDatasetHeader(
+            parent=self.parent,
+            dataset_id=name,
+            filename=path.name,
+            format=format,
+            columns=columns,
+            test_fraction=test_fraction,
+            split_seed=split_seed,
+            request_id=request_id or str(uuid.uuid4()),
+            sha256=sha256_of(path),
+        )
+        return _repeat(lambda: self.datasets.UploadDataset(dataset_messages(header, path, progress))).dataset_version
+
+    def get_dataset_version(self, reference: str) -> dataset_pb2.DatasetVersion:
+        """Return `name@2`, or the latest version of `name`."""
+        name = full_version(self.project, "datasets", reference)
+        return self.datasets.GetDatasetVersion(dataset_pb2.GetDatasetVersionRequest(name=name)).dataset_version
+
+    def list_datasets(self, page_size: int = 100) -> Iterator[dataset_pb2.Dataset]:
+        """All data sets by name."""
+        request = dataset_pb2.ListDatasetsRequest(parent=self.parent, page_size=page_size)
+        return page_through(self.datasets.ListDatasets, request, lambda page: page.datasets)
+
+    def list_dataset_versions(self, name: str, page_size: int = 100) -> Iterator[dataset_pb2.DatasetVersion]:
+        """All versions of a data set, newest first."""
+        request = dataset_pb2.ListDatasetVersionsRequest(parent=full_name(self.project, "datasets", name), page_size=page_size)
+        return page_through(self.datasets.ListDatasetVersions, request, lambda page: page.dataset_versions)
+
+    # Models
+
+    def upload_model(
+        self,
+        folder: Path | str,
+        name: str,
+        source: str = "",
+        request_id: str | None = None,
+        progress: Progress | None = None,
+    ) -> model_pb2.ModelVersion:
+        """Send a model folder up as the next version of model `name`, and return that version."""
+        folder = Path(folder)
+        files = model_files(folder)
+        header = model_pb2.UploadModelHeader(
+            parent=self.parent, model_id=name, source=source or str(folder), request_id=request_id or str(uuid.uuid4())
+        )
+        return _repeat(lambda: self.models.UploadModel(model_messages(header, folder, files, progress))).model_version
+
+    def get_model_version(self, reference: str) -> model_pb2.ModelVersion:
+        """Return `name@3`, `name@alias`, or the latest version of `name`."""
+        name = full_version(self.project, "models", reference)
+        return self.models.GetModelVersion(model_pb2.GetModelVersionRequest(name=name)).model_version
+
+    def list_models(self, page_size: int = 100) -> Iterator[model_pb2.Model]:
+        """All models by name."""
+        request = model_pb2.ListModelsRequest(parent=self.parent, page_size=page_size)
+        return page_through(self.models.ListModels, request, lambda page: page.models)
+
+    def list_model_versions(self, name: str, page_size: int = 100) -> Iterator[model_pb2.ModelVersion]:
+        """All versions of a model, newest first."""
+        request = model_pb2.ListModelVersionsRequest(parent=full_name(self.project, "models", name), page_size=page_size)
+        return page_through(self.models.ListModelVersions, request, lambda page: page.model_versions)
+
+    # Endpoints
+
+    def deploy_endpoint(
+        self, name: str, endpoint: endpoint_pb2.Endpoint, etag: str = "", validate_only: bool = False
+    ) -> endpoint_pb2.Endpoint:
+        """Record what an endpoint should be, creating or changing it. `wait_ready` waits until it is so."""
+        request = endpoint_pb2.DeployEndpointRequest(
+            parent=self.parent, endpoint_id=name, endpoint=endpoint, etag=etag, validate_only=validate_only
+        )
+        return self.endpoints.DeployEndpoint(request).endpoint
+
+    def get_endpoint(self, name: str) -> endpoint_pb2.Endpoint:
+        """Return an endpoint."""
+        request = endpoint_pb2.GetEndpointRequest(name=full_name(self.project, "endpoints", name))
+        return self.endpoints.GetEndpoint(request).endpoint
+
+    def list_endpoints(self, page_size: int = 100) -> Iterator[endpoint_pb2.Endpoint]:
+        """All endpoints by name."""
+        request = endpoint_pb2.ListEndpointsRequest(parent=self.parent, page_size=page_size)
+        return page_through(self.endpoints.ListEndpoints, request, lambda page: page.endpoints)
+
+    def delete_endpoint(self, name: str) -> endpoint_pb2.Endpoint:
+        """Take an endpoint down; `wait_gone` waits until it is."""
+        request = endpoint_pb2.DeleteEndpointRequest(name=full_name(self.project, "endpoints", name))
+        return self.endpoints.DeleteEndpoint(request).endpoint
+
+    def wait_ready(
+        self, name: str, timeout: float | None = None, progress: Callable[[endpoint_pb2.Endpoint], None] | None = None
+    ) -> endpoint_pb2.Endpoint:
+        """Wait until an endpoint is READY and return it. FailedPrecondition where it FAILED, DeadlineExceeded at `timeout`."""
+
+        def ready() -> endpoint_pb2.Endpoint | None:
+            endpoint = self.get_endpoint(name)
+            if endpoint.state == endpoint_pb2.ENDPOINT_STATE_FAILED:
+                raise FailedPrecondition(
+                    endpoint.error or f"endpoint {name} cannot be started",
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    "ENDPOINT_FAILED",
+                )
+            if progress:
+                progress(endpoint)
+            return endpoint if endpoint.state == endpoint_pb2.ENDPOINT_STATE_READY else None
+
+        return _poll(ready, timeout, f"endpoint {name} is not ready")
+
+    def wait_gone(self, name: str, timeout: float | None = None) -> None:
+        """Wait until a deleted endpoint and its replicas are gone."""
+
+        def gone() -> bool | None:
+            try:
+                self.get_endpoint(name)
+            except NotFound:
+                return True
+            return None
+
+        _poll(gone, timeout, f"endpoint {name} still exists")
+
+    # Administration
+
+    def status(self) -> admin_pb2.GetStatusResponse:
+        """What the coordinator is and what it is connected to."""
+        return self.admin.GetStatus(admin_pb2.GetStatusRequest())
+
+    def list_keys(self, page_size: int = 100) -> Iterator[admin_pb2.Key]:
+        """The project's keys, newest first, without their secrets."""
+        request = admin_pb2.ListKeysRequest(parent=self.parent, page_size=page_size)
+        return page_through(self.admin.ListKeys, request, lambda page: page.keys)
+
+
+def _existing_file(path: Path | str) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise InvalidArgument(f"there is no file {path}", grpc.StatusCode.INVALID_ARGUMENT)
+    if path.stat().st_size == 0:
+        raise InvalidArgument(f"{path} is empty", grpc.StatusCode.INVALID_ARGUMENT)
+    return path
+
+
+def _repeat(upload: Callable[[], T]) -> T:
+    """Send an upload again where the connection broke; its request_id makes sure that it counts once."""
+    for attempt in range(1, UPLOAD_TRIES):
+        try:
+            return upload()
+        except Unavailable:
+            time.sleep(0.5 * 2**attempt)
+    return upload()
+
+
+def _poll(look: Callable[[], T | None], timeout: float | None, complaint: str) -> T:
+    """Look twice a second until there is something to return."""
+    end = None if timeout is None else time.monotonic() + timeout
+    while (found := look()) is None:
+        if end is not None and time.monotonic() >= end:
+            raise DeadlineExceeded(f"{complaint} after {timeout:g} s", grpc.StatusCode.DEADLINE_EXCEEDED)
+        time.sleep(0.5)
+    return found
