@@ -175,3 +175,16 @@ def _check_index(path: Path, names: tuple[str, ...]) -> None:
 
 def _bad(reason: str, message: str) -> InvalidArgument:
     return InvalidArgument(message, reason)
+
+
+def read_chat_template(path: Path) -> str:
+    """Return the chat template of a model folder as its tokenizer will have it; empty where there is none."""
+    own_file = path / "chat_template.jinja"
+    if own_file.is_file():
+        return own_file.read_text(encoding="utf-8")
+    config = path / "tokenizer_config.json"
+    template = json.loads(config.read_bytes()).get("chat_template") if config.is_file() else None
+    if isinstance(template, list):
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else ""

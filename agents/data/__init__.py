@@ -1,0 +1,1 @@
+"""Data sets: from a user's file to immutable, content-hashed rows."""
