@@ -64,7 +64,7 @@ def context_length(model: Any, tokenizer: Any) -> int:
 
 def end_tokens(model_dir: Path, model: Any, tokenizer: Any) -> set[int]:
     """Return the tokens that the model's files say end a text."""
-    found: set[int] = set()
+    found: set[int | None] = set()
     sources: list[Any] = [model.config.get_text_config(), tokenizer]
     if (model_dir / "generation_config.json").exists():
         try:
@@ -73,14 +73,14 @@ def end_tokens(model_dir: Path, model: Any, tokenizer: Any) -> set[int]:
             raise InvalidArgument(f"generation_config.json cannot be read: {_brief(error)}", "BAD_CONFIG") from error
     for source in sources:
         token = getattr(source, "eos_token_id", None)
-        found |= set(token) if isinstance(token, list | tuple) else {token} - {None}
-    return found
+        found |= set(token) if isinstance(token, list | tuple) else {token}
+    return {token for token in found if token is not None}
 
 
 def _load_full(folder: Path, device: torch.device) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             # bfloat16 is slower than float32 on most CPUs, and float16 is not exact enough there.
@@ -94,6 +94,7 @@ def _load_full(folder: Path, device: torch.device) -> Any:
         raise
     except Exception as error:
         raise InvalidArgument(f"the model in {folder.name} cannot be loaded: {_brief(error)}", "BAD_MODEL") from error
+    model, report = loaded
     for what, problem in (("missing_keys", "are missing"), ("mismatched_keys", "have another shape than config.json says")):
         keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[what])
         if keys:

@@ -35,7 +35,7 @@ class TransformersEngine(Engine):
         self._tokenizer = tokenizer
         self._codec = PromptCodec(tokenizer)
         end_of_turn = self._codec.end_of_turn()
-        self._end_tokens = frozenset(end_tokens | ({end_of_turn} - {None}))  # type: ignore[arg-type]
+        self._end_tokens = frozenset(end_tokens if end_of_turn is None else {*end_tokens, end_of_turn})
         pad = tokenizer.pad_token_id
         self._pad = pad if pad is not None else min(self._end_tokens, default=0)
         self._vocabulary = int(model.get_input_embeddings().num_embeddings)

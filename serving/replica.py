@@ -1,0 +1,112 @@
+"""A replica: one model version in one Ray Serve process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable
+
+from common import manifest
+from common.errors import Internal, InvalidArgument, LuthierError, Unavailable
+from serving.batching import Batcher
+from serving.engines import Completion, Engine, Request, load_engine
+from serving.wire import Ask, Event, ModelArgs, Started
+
+
+class ModelReplica:
+    """Fetches its model into the node's cache, loads it, and answers the gateway."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        import torch
+
+        # Ray's default depends on the environment of the node; two replicas on one core must not fight for all cores.
+        torch.set_num_threads(max(1, args.threads))
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        model_dir = manifest.fetch(args.artifact_uri, args.artifact_sha256)
+        base_dir = manifest.fetch(args.base_uri, args.base_sha256) if args.base_uri else None
+        self._engine: Engine = load_engine(model_dir, base_dir, args.device)
+        self._batcher = Batcher(self._engine)
+
+    def check_health(self) -> None:
+        """Tell Serve whether to replace this replica."""
+        if not self._batcher.healthy:
+            raise RuntimeError("the engine fails again and again, or its thread is gone")
+
+    async def complete(self, ask: Ask) -> list[Completion]:
+        """Answer in one piece. Cancelling the call ends the generation."""
+        requests = await asyncio.to_thread(self._requests, ask)
+        loop = asyncio.get_running_loop()
+        answers: list[asyncio.Future[Completion]] = []
+        try:
+            for request, _ in requests:
+                answer: asyncio.Future[Completion] = loop.create_future()
+                answers.append(answer)
+                self._batcher.submit(request, _resolver(loop, answer))
+            return [_whole(completion) for completion in await asyncio.gather(*answers)]
+        finally:
+            for request, _ in requests:
+                request.cancel.set()
+
+    async def stream(self, ask: Ask) -> AsyncIterator[Event]:
+        """Answer as it comes: Started, then texts, then the Completion. Closing or cancelling ends the generation."""
+        ((request, prompt_tokens),) = await asyncio.to_thread(self._requests, ask)
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[str | Completion | BaseException] = asyncio.Queue()
+
+        def put(event: str | Completion | BaseException) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        request.on_text = put
+        try:
+            yield Started(prompt_tokens)
+            self._batcher.submit(request, put)
+            while True:
+                event = await events.get()
+                if isinstance(event, BaseException):
+                    raise _told(event)
+                if isinstance(event, Completion):
+                    yield _whole(event)
+                    return
+                yield event
+        finally:
+            request.cancel.set()
+
+    def _requests(self, ask: Ask) -> list[tuple[Request, int]]:
+        """Render and check, so that what is wrong with a request is said before it waits in a batch."""
+        prompts = [self._engine.render(ask.messages)] if ask.messages else list(ask.prompts)
+        if not prompts:
+            raise InvalidArgument("there is nothing to complete")
+        return [(Request(prompt, ask.params), self._engine.check(prompt)) for prompt in prompts]
+
+    def __del__(self) -> None:
+        batcher = getattr(self, "_batcher", None)
+        if batcher is not None:
+            batcher.close()
+
+
+def _resolver(
+    loop: asyncio.AbstractEventLoop, answer: asyncio.Future[Completion]
+) -> Callable[[Completion | BaseException], None]:
+    def resolve(result: Completion | BaseException) -> None:
+        if answer.done():
+            return
+        if isinstance(result, BaseException):
+            answer.set_exception(_told(result))
+        else:
+            answer.set_result(result)
+
+    def done(result: Completion | BaseException) -> None:
+        loop.call_soon_threadsafe(resolve, result)
+
+    return done
+
+
+def _told(error: BaseException) -> LuthierError:
+    """Return what may be told about `error`: its details stay in the replica's log."""
+    return error if isinstance(error, LuthierError) else Internal("the engine failed")
+
+
+def _whole(completion: Completion) -> Completion:
+    if completion.finish_reason == "cancelled":  # nobody who still waits has asked for that
+        raise Unavailable("the replica stopped before the answer was complete")
+    return completion

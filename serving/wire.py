@@ -1,0 +1,54 @@
+"""What the gateway and the replicas say to each other. No Ray, no torch: it only has to pickle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from serving.engines.base import Completion, SamplingParams
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Either a conversation (`messages`, one answer) or raw `prompts` (an answer each), and how to generate."""
+
+    params: SamplingParams
+    messages: tuple[dict[str, str], ...] = ()
+    prompts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Started:
+    """First event of a stream: the request was accepted, and its prompt has so many tokens."""
+
+    prompt_tokens: int
+
+
+Event = Started | str | Completion
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """What a replica is told when it starts: where the artifacts are, with the SHA-256 of their manifests."""
+
+    artifact_uri: str
+    artifact_sha256: str = ""
+    base_uri: str = ""
+    base_sha256: str = ""
+    device: str = "auto"
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class GatewayArgs:
+    """What the gateway is told when it starts. What changes while it runs comes in its snapshot."""
+
+    max_body_bytes: int = 4 * 2**20
+    max_in_flight: int = 512
+    request_timeout_s: float = 600.0
+    names_requests: bool = False  # Serve's proxy writes x-request-id on every answer itself
+
+    @classmethod
+    def of(cls, args: dict[str, Any]) -> GatewayArgs:
+        """Read Serve's application arguments."""
+        return cls(**args)
