@@ -1,0 +1,1 @@
+"""The only code of the coordinator that talks to Ray."""

@@ -1,0 +1,148 @@
+"""The Ray cluster as the coordinator sees it: over the dashboard's HTTP only, so that it never joins the cluster itself.
+
+Ray's own client library is used, imported on first use in a worker thread: that takes seconds, and the server answers before.
+Every call here blocks and may fail; callers run it off the event loop and outside of transactions.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import Unavailable
+from coordinator.jobs.resources import DRIVER_CPUS, Demand
+
+ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
+"""Ray's words for a job that has ended."""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What the cluster has."""
+
+    nodes: int
+    total: Demand
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A Ray job as Ray sees it."""
+
+    status: str
+    message: str
+
+    @property
+    def ended(self) -> bool:
+        """Whether its processes are gone."""
+        return self.status in ENDED
+
+
+class RayCluster:
+    """One cluster at one dashboard address (`http://host:8265`)."""
+
+    def __init__(self, address: str, token_path: Path | None) -> None:
+        self.address = address
+        # Ray reads its authentication from the environment only. Said explicitly: since 2.59 it turns itself on where a token
+        # file happens to lie in the user's home.
+        os.environ["RAY_AUTH_MODE"] = "token" if token_path else "disabled"
+        if token_path:
+            os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_path)
+        self._lock = threading.Lock()
+        self._jobs: Any = None
+        self._serve: Any = None
+
+    def _job_client(self) -> Any:
+        with self._lock:
+            if self._jobs is None:
+                from ray.job_submission import JobSubmissionClient
+
+                self._jobs = self._answering(JobSubmissionClient, self.address)
+            return self._jobs
+
+    def _serve_client(self) -> Any:
+        with self._lock:
+            if self._serve is None:
+                from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+                self._serve = self._answering(ServeSubmissionClient, self.address)
+            return self._serve
+
+    def _answering(self, call: Any, *arguments: Any, **options: Any) -> Any:
+        """Call into Ray; whatever goes wrong on the way is Unavailable, in one line."""
+        if not self.address:
+            raise Unavailable("no Ray cluster is configured; start the stack with `luthier up`", "RAY_UNAVAILABLE")
+        try:
+            return call(*arguments, **options)
+        except Exception as error:
+            text = str(error).strip().splitlines()
+            reason = text[0][:300] if text else type(error).__name__
+            raise Unavailable(f"the Ray cluster at {self.address} does not answer: {reason}", "RAY_UNAVAILABLE") from error
+
+    def capacity(self) -> Capacity:
+        """Nodes alive and what they have together."""
+        response = self._answering(
+            self._job_client()._do_request,
+            "GET",
+            "/api/v0/nodes?detail=true&limit=10000&timeout=10&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE",
+        )
+        if response.status_code != 200:
+            raise Unavailable(f"Ray's dashboard answers {response.status_code} for its nodes", "RAY_UNAVAILABLE")
+        nodes = response.json()["data"]["result"]["result"]
+        resources = [node.get("resources_total") or {} for node in nodes]
+        cpus, gpus = (sum(float(each.get(name, 0)) for each in resources) for name in ("CPU", "GPU"))
+        return Capacity(len(nodes), Demand(cpus, gpus))
+
+    def submit(self, submission_id: str, entrypoint: str, env: dict[str, str]) -> bool:
+        """Start an agent as a Ray job; False where that submission exists already, which makes launching twice harmless."""
+        client = self._job_client()
+        try:
+            client.submit_job(
+                entrypoint=entrypoint,
+                submission_id=submission_id,
+                runtime_env={"env_vars": env},
+                entrypoint_num_cpus=DRIVER_CPUS,
+            )
+        except Exception as error:
+            if "already exists" in str(error):
+                return False
+            return bool(self._answering(_raise, error))
+        return True
+
+    def submissions(self) -> dict[str, Submission]:
+        """All Ray jobs that were submitted with an id, by that id."""
+        details = self._answering(self._job_client().list_jobs)
+        return {
+            each.submission_id: Submission(str(getattr(each.status, "value", each.status)), each.message or "")
+            for each in details
+            if each.submission_id
+        }
+
+    def stop(self, submission_id: str) -> None:
+        """Ask Ray to end a job: a signal first, SIGKILL after Ray's own grace. Unknown and ended ones are left alone."""
+        client = self._job_client()
+        try:
+            client.stop_job(submission_id)
+        except RuntimeError as error:
+            if "does not exist" not in str(error):
+                self._answering(_raise, error)
+
+    def log_tail(self, submission_id: str, lines: int = 30) -> list[str]:
+        """Last lines of what a job's driver printed."""
+        text: str = self._answering(self._job_client().get_job_logs, submission_id)
+        return text.splitlines()[-lines:]
+
+    def deploy(self, config: dict[str, Any]) -> None:
+        """Make Serve run exactly what the config says; what it leaves out is taken down."""
+        self._answering(self._serve_client().deploy_applications, config)
+
+    def serve_details(self) -> dict[str, Any]:
+        """What Serve runs now; empty applications where it was never started."""
+        details: dict[str, Any] = self._answering(self._serve_client().get_serve_details)
+        return details
+
+
+def _raise(error: Exception) -> None:
+    raise error

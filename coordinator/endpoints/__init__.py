@@ -1,0 +1,1 @@
+"""Desired state of deployments, and making it true."""

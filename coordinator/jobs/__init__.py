@@ -1,0 +1,1 @@
+"""What a job is: its states, how it changes, how it is created, run and ended."""

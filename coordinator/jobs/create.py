@@ -1,0 +1,124 @@
+"""Recording a new job: once acknowledged it is durable, and the same request makes it only once."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.v1 import job_pb2
+from sqlmodel import Session, select
+
+from common.errors import AlreadyExists
+from coordinator import messages
+from coordinator.jobs.resolve import Resolved
+from coordinator.jobs.resources import demand
+from coordinator.jobs.states import State
+from coordinator.store import tables
+
+PREFIXES = {"finetune": "ft", "sweep": "sw", "evaluate": "ev", "import_model": "im"}
+"""First letters of a job's id, so that a list of ids says what they are."""
+
+OUTPUT_ONLY: list[Any] = [field.name for field in job_pb2.Job.DESCRIPTOR.fields if field.number >= 40 or field.number <= 2]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Who asked for what: the identity of a CreateJob call."""
+
+    project: str
+    creator: str
+    request_id: str
+    sha256: str
+    body: dict[str, Any]
+
+
+def request_of(project: str, creator: str, request: job_pb2.CreateJobRequest) -> Request:
+    """Reduce a call to its identity; output-only fields do not count."""
+    body = job_pb2.Job()
+    body.CopyFrom(request.job)
+    for name in OUTPUT_ONLY:
+        body.ClearField(name)
+    digest = hashlib.sha256(body.SerializeToString(deterministic=True)).hexdigest()
+    return Request(project, creator, request.request_id, digest, messages.document(body))
+
+
+def earlier(session: Session, request: Request) -> tables.Job | None:
+    """The job that the same request made before.
+
+    Raises AlreadyExists where the request id was used for another body, saying which fields differ.
+    """
+    if not request.request_id:
+        return None
+    row = session.exec(
+        select(tables.Job).where(tables.Job.project_id == request.project, tables.Job.request_id == request.request_id)
+    ).first()
+    if row is not None and row.request_sha256 != request.sha256:
+        differing = ", ".join(_differences(row.inputs.get("request", {}), request.body)) or "its fields"
+        raise AlreadyExists(
+            f"request_id {request.request_id!r} made {messages.job_name(row)} from another body; it differs in {differing}",
+            "REQUEST_ID_REUSED",
+        )
+    return row
+
+
+def insert(session: Session, request: Request, job: job_pb2.Job, resolved: Resolved) -> tables.Job:
+    """Record a job and its first event, or return the one that the same request made before."""
+    before = earlier(session, request)
+    if before is not None:
+        return before
+    kind = job.WhichOneof("spec") or ""
+    moment = tables.now()
+    unique = secrets.token_hex(5)
+    needs = demand(job)
+    row = tables.Job(
+        uid=f"{PREFIXES[kind]}{unique}{secrets.token_hex(3)}",
+        project_id=request.project,
+        job_id=f"{PREFIXES[kind]}-{unique}",
+        kind=kind,
+        display_name=job.display_name,
+        labels=dict(job.labels),
+        priority=job.priority,
+        time_limit_seconds=job.time_limit.ToMilliseconds() / 1000 if job.HasField("time_limit") else None,
+        spec=messages.document(getattr(job, kind)),
+        inputs={
+            "artifacts": {role: messages.document(artifact) for role, artifact in resolved.inputs.items()},
+            "labels": resolved.labels,
+            "request": request.body,
+        },
+        cpus=needs.cpus,
+        gpus=needs.gpus,
+        request_id=request.request_id or None,
+        request_sha256=request.sha256,
+        creator=request.creator,
+        state=State.QUEUED.value,
+        sequence=1,
+        create_time=moment,
+        update_time=moment,
+    )
+    session.add(row)
+    session.flush()
+    session.add(
+        tables.JobEvent(
+            job_uid=row.uid,
+            sequence=1,
+            time=moment,
+            type=job_pb2.JOB_EVENT_TYPE_CREATED,
+            state=row.state,
+            message=f"{kind} created by {request.creator}",
+        )
+    )
+    return row
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "job") -> list[str]:
+    """Paths of the fields in which two documents differ."""
+    differing = []
+    for name in sorted(old.keys() | new.keys()):
+        here, there = old.get(name), new.get(name)
+        if isinstance(here, dict) and isinstance(there, dict):
+            differing += _differences(here, there, f"{path}.{name}")
+        elif here != there:
+            differing.append(f"{path}.{name}")
+    return differing

@@ -1,0 +1,105 @@
+"""Every change of a job's row goes through here: a conditional UPDATE and its numbered event, in one transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from luthier.v1 import job_pb2
+from sqlalchemy import CursorResult, update
+from sqlmodel import Session, col
+
+from coordinator.jobs.states import SOURCES, TERMINAL, EndReason, State
+from coordinator.store.tables import Job, JobEvent, JobRun, now
+
+MAX_MESSAGE = 2000
+"""Characters of an event's message that are kept."""
+
+
+def add_event(
+    session: Session, uid: str, type_: job_pb2.JobEventType.ValueType, message: str, *, run: int | None = None, **values: Any
+) -> bool:
+    """Number and append an event that changes no state; `values` are columns set along with it.
+
+    The number is taken in the UPDATE of the job's own row, so numbers appear in order and without gaps. With `run`, nothing
+    happens and False is returned unless that is still the job's run.
+    """
+    where = [col(Job.uid) == uid]
+    if run is not None:
+        where.append(col(Job.run) == run)
+    return _advance(session, where, type_, message, values)
+
+
+def move(
+    session: Session,
+    uid: str,
+    to: State,
+    message: str,
+    *,
+    run: int | None = None,
+    sources: Iterable[State] | None = None,
+    end_reason: EndReason = EndReason.UNSPECIFIED,
+    next_run: int | None = None,
+    **values: Any,
+) -> bool:
+    """Move a job to another state, if it is in one that allows it (or in one of `sources`) and, where given, in this run.
+
+    `next_run` begins a new run with the move.
+
+    Returns False and changes nothing where somebody was faster.
+    """
+    allowed = SOURCES[to] if sources is None else SOURCES[to] & frozenset(sources)
+    where = [col(Job.uid) == uid, col(Job.state).in_([state.value for state in allowed])]
+    if run is not None:
+        where.append(col(Job.run) == run)
+    values["state"] = to.value
+    if next_run is not None:
+        values["run"] = next_run
+    if to in TERMINAL:
+        values |= {"end_reason": end_reason.value, "end_time": now()}
+    moved = _advance(session, where, job_pb2.JOB_EVENT_TYPE_STATE_CHANGED, message, values)
+    if moved and to in TERMINAL:
+        job_run = session.get(JobRun, (uid, run if run is not None else session.get_one(Job, uid).run))
+        if job_run is not None:
+            job_run.end_time = now()
+            session.add(job_run)
+    return moved
+
+
+def _advance(
+    session: Session, where: list[Any], type_: job_pb2.JobEventType.ValueType, message: str, values: dict[str, Any]
+) -> bool:
+    moment = now()
+    row = session.execute(
+        update(Job)
+        .where(*where)
+        .values(sequence=Job.sequence + 1, version=Job.version + 1, update_time=moment, **values)
+        .returning(col(Job.uid), col(Job.sequence), col(Job.state), col(Job.end_reason), col(Job.run))
+        .execution_options(synchronize_session=False)
+    ).first()
+    if row is None:
+        return False
+    session.expire_all()
+    session.add(
+        JobEvent(
+            job_uid=row.uid,
+            sequence=row.sequence,
+            time=moment,
+            type=type_,
+            state=row.state,
+            end_reason=row.end_reason,
+            run=row.run,
+            message=message[:MAX_MESSAGE],
+        )
+    )
+    session.flush()
+    return True
+
+
+def set_unnumbered(session: Session, uid: str, run: int, **values: Any) -> bool:
+    """Set columns that tell no event, such as progress, if `run` is still the job's run."""
+    result = session.execute(
+        update(Job).where(col(Job.uid) == uid, col(Job.run) == run).values(**values).execution_options(synchronize_session=False)
+    )
+    assert isinstance(result, CursorResult)
+    return bool(result.rowcount)

@@ -1,0 +1,103 @@
+"""Between rows and the contract's messages."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, TypeVar
+
+from google.protobuf import json_format
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+from luthier.v1 import admin_pb2, job_pb2, sweep_pb2
+
+from coordinator.jobs.states import EndReason, State
+from coordinator.store import tables
+
+M = TypeVar("M", bound=Message)
+
+
+def document(message: Message) -> dict[str, Any]:
+    """A message as the JSON that the store keeps: the contract's own field names, absent fields left out."""
+    return json_format.MessageToDict(message, preserving_proto_field_name=True)
+
+
+def parse(values: dict[str, Any], message: M) -> M:
+    """Read what `document` wrote into `message`. Fields that this version does not know are left out."""
+    return json_format.ParseDict(values, message, ignore_unknown_fields=True)
+
+
+def stamp(moment: datetime | None) -> Timestamp | None:
+    """A moment as a proto timestamp."""
+    if moment is None:
+        return None
+    timestamp = Timestamp()
+    timestamp.FromDatetime(moment)
+    return timestamp
+
+
+def job_name(row: tables.Job) -> str:
+    """Resource name of a job."""
+    return f"projects/{row.project_id}/jobs/{row.job_id}"
+
+
+def job(row: tables.Job, trials: list[tables.Trial] = []) -> job_pb2.Job:  # noqa: B006 (never changed)
+    """A job's row, with the trials of a sweep that has not ended, as the contract's message."""
+    message = job_pb2.Job(
+        name=job_name(row),
+        uid=row.uid,
+        kind=row.kind,
+        display_name=row.display_name,
+        labels=row.labels,
+        priority=row.priority,
+        state=State(row.state).proto,
+        end_reason=EndReason(row.end_reason).proto,
+        run=row.run,
+        attempt=row.attempt,
+        create_time=stamp(row.create_time),
+        start_time=stamp(row.start_time),
+        end_time=stamp(row.end_time),
+        update_time=stamp(row.update_time),
+        etag=f'"{row.version}"',
+        sequence=row.sequence,
+        creator=row.creator,
+        cancel_requested=row.cancel_time is not None and row.end_time is None,
+    )
+    parse({row.kind: row.spec}, message)
+    if row.time_limit_seconds is not None:
+        message.time_limit.FromMilliseconds(int(row.time_limit_seconds * 1000))
+    if row.progress:
+        parse(row.progress, message.progress)
+    if row.result:
+        parse(row.result, message.result)
+    if row.error:
+        parse(row.error, message.error)
+    if trials and not message.result.trials:
+        message.result.trials.extend(
+            parse(trial.document, sweep_pb2.Trial()) for trial in sorted(trials, key=lambda trial: trial.trial_id)
+        )
+    return message
+
+
+def job_event(row: tables.JobEvent) -> job_pb2.JobEvent:
+    """An event's row as the contract's message."""
+    return job_pb2.JobEvent(
+        sequence=row.sequence,
+        time=stamp(row.time),
+        type=job_pb2.JobEventType.ValueType(row.type),
+        state=State(row.state).proto,
+        end_reason=EndReason(row.end_reason).proto,
+        run=row.run,
+        message=row.message,
+    )
+
+
+def key(row: tables.ApiKey) -> admin_pb2.Key:
+    """A key's row as the contract's message."""
+    return admin_pb2.Key(
+        name=f"projects/{row.project_id}/keys/{row.id}",
+        display_name=row.display_name,
+        role=admin_pb2.Role.ValueType(row.role),
+        create_time=stamp(row.create_time),
+        expire_time=stamp(row.expire_time),
+        revoke_time=stamp(row.revoke_time),
+    )

@@ -1,0 +1,144 @@
+"""Finding and adding data set versions and model versions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from luthier.v1 import dataset_pb2, model_pb2
+from sqlalchemy import update
+from sqlmodel import Session, col, select
+
+from common.errors import FailedPrecondition, NotFound
+from common.names import VersionRef
+from coordinator.messages import document, parse, stamp
+from coordinator.store import tables
+from coordinator.store.tables import now
+
+
+def find_dataset(session: Session, project: str, ref: VersionRef) -> tables.DatasetVersion:
+    """Return the version a reference stands for; NotFound says which part is missing."""
+    dataset = session.get(tables.Dataset, (project, ref.id))
+    if dataset is None:
+        raise NotFound(f"there is no data set {ref.id!r}; `luthier dataset list` shows those there are", "DATASET_NOT_FOUND")
+    number = dataset.latest if ref.version == "latest" else int(ref.version) if ref.version.isdecimal() else 0
+    row = session.get(tables.DatasetVersion, (project, ref.id, number))
+    if row is None:
+        raise NotFound(f"data set {ref.id!r} has no version {ref.version!r}; its latest is {dataset.latest}", "DATASET_NOT_FOUND")
+    return row
+
+
+def find_model(session: Session, project: str, ref: VersionRef) -> tables.ModelVersion:
+    """Return the version a number, an alias or `latest` stands for; NotFound says which part is missing."""
+    model = session.get(tables.Model, (project, ref.id))
+    if model is None:
+        raise NotFound(f"there is no model {ref.id!r}; `luthier model list` shows those there are", "MODEL_NOT_FOUND")
+    if ref.version == "latest":
+        number = model.latest
+    elif ref.version.isdecimal():
+        number = int(ref.version)
+    else:
+        alias = session.get(tables.ModelAlias, (project, ref.id, ref.version))
+        number = alias.version if alias else 0
+    row = session.get(tables.ModelVersion, (project, ref.id, number))
+    if row is None:
+        raise NotFound(f"model {ref.id!r} has no version {ref.version!r}; its latest is {model.latest}", "MODEL_NOT_FOUND")
+    return row
+
+
+def model_version(session: Session, row: tables.ModelVersion) -> model_pb2.ModelVersion:
+    """A version's row, with the aliases that point at it, as the contract's message."""
+    message = parse(row.document, model_pb2.ModelVersion())
+    message.name = f"projects/{row.project_id}/models/{row.model_id}/versions/{row.version}"
+    aliases = select(tables.ModelAlias.alias).where(
+        tables.ModelAlias.project_id == row.project_id,
+        tables.ModelAlias.model_id == row.model_id,
+        tables.ModelAlias.version == row.version,
+    )
+    message.aliases.extend(sorted(session.exec(aliases)))
+    return message
+
+
+def add_dataset_version(
+    session: Session,
+    project: str,
+    dataset_id: str,
+    version: dataset_pb2.DatasetVersion,
+    manifest_sha256: str,
+    request_id: str,
+    request_sha256: str,
+) -> tables.DatasetVersion:
+    """Record the next version of a data set, making the data set if it is the first."""
+    number = _next_number(session, tables.Dataset, project, dataset_id)
+    version.name = f"projects/{project}/datasets/{dataset_id}/versions/{number}"
+    version.state = dataset_pb2.DATASET_STATE_READY
+    moment = now()
+    version.create_time.CopyFrom(stamp(moment))  # type: ignore[arg-type]
+    row = tables.DatasetVersion(
+        project_id=project,
+        dataset_id=dataset_id,
+        version=number,
+        content_hash=version.content_hash,
+        manifest_sha256=manifest_sha256,
+        uri=version.uri,
+        document=document(version),
+        request_id=request_id or None,
+        request_sha256=request_sha256,
+        create_time=moment,
+    )
+    session.add(row)
+    return row
+
+
+def add_model_version(
+    session: Session,
+    project: str,
+    model_id: str,
+    version: model_pb2.ModelVersion,
+    *,
+    job_uid: str = "",
+    request_id: str = "",
+    request_sha256: str = "",
+) -> tables.ModelVersion:
+    """Record the next version of a model, making the model if it is the first."""
+    number = _next_number(session, tables.Model, project, model_id)
+    version.name = f"projects/{project}/models/{model_id}/versions/{number}"
+    moment = now()
+    version.create_time.CopyFrom(stamp(moment))  # type: ignore[arg-type]
+    row = tables.ModelVersion(
+        project_id=project,
+        model_id=model_id,
+        version=number,
+        content_hash=version.content_hash,
+        uri=version.artifact_uri,
+        job_uid=job_uid,
+        document=document(version),
+        request_id=request_id or None,
+        request_sha256=request_sha256,
+        create_time=moment,
+    )
+    session.add(row)
+    return row
+
+
+def set_alias(session: Session, row: tables.ModelVersion, alias: str) -> None:
+    """Point an alias at a version, away from wherever it pointed."""
+    if alias.isdecimal() or alias == "latest":
+        raise FailedPrecondition(f"{alias!r} cannot be an alias: it already means a version", "ALIAS_RESERVED")
+    session.merge(tables.ModelAlias(project_id=row.project_id, model_id=row.model_id, alias=alias, version=row.version))
+
+
+def _next_number(session: Session, table: type[tables.Dataset] | type[tables.Model], project: str, id_: str) -> int:
+    """Take the next version number in the UPDATE of the name's own row, so that no two versions share one."""
+    statement: Any = (
+        update(table)
+        .where(col(table.project_id) == project, col(table.id) == id_)
+        .values(latest=table.latest + 1)
+        .returning(col(table.latest))
+        .execution_options(synchronize_session=False)
+    )
+    number = session.execute(statement).scalar()
+    if number is None:
+        session.add(table(project_id=project, id=id_, latest=1, create_time=now()))
+        session.flush()
+        number = 1
+    return int(number)

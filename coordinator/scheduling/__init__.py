@@ -1,0 +1,1 @@
+"""Which job may start now: pure functions, no I/O."""

@@ -1,0 +1,190 @@
+"""The composition root: the only place where the coordinator's parts are put together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import secrets
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from luthier.agent.v1 import agent_pb2, agent_pb2_grpc
+from luthier.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    dataset_pb2,
+    dataset_pb2_grpc,
+    endpoint_pb2,
+    endpoint_pb2_grpc,
+    job_pb2,
+    job_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+)
+from sqlmodel import Session, select
+
+from common.errors import FailedPrecondition
+from common.settings import Settings
+from coordinator.cluster.launcher import Launcher
+from coordinator.cluster.ray_cluster import RayCluster
+from coordinator.endpoints.reconcile import Deployer
+from coordinator.jobs.reconcile import Reconciler
+from coordinator.jobs.tokens import sha256
+from coordinator.notify import Notifier
+from coordinator.services.admin import AdminService, static_status
+from coordinator.services.agent import AgentService
+from coordinator.services.datasets import DatasetService
+from coordinator.services.endpoints import EndpointService
+from coordinator.services.interceptor import Guard
+from coordinator.services.jobs import JobService
+from coordinator.services.models import ModelService
+from coordinator.services.uploads import Staging
+from coordinator.store import tables
+from coordinator.store.database import Store
+from coordinator.store.migrate import upgrade
+
+log = logging.getLogger(__name__)
+
+GRACE_SECONDS = 5.0
+"""How long calls under way may take to finish when the coordinator stops."""
+
+MAX_MESSAGE = 4 << 20
+"""Bytes of one gRPC message. Uploads come in chunks of at most 1 MiB."""
+
+PROJECT = "default"
+"""The project that every stack begins with."""
+
+ADMIN_KEY_FILE = "admin.key"
+"""File in the home with the first admin key, made by `luthier up`."""
+
+SERVICES = tuple(
+    module.DESCRIPTOR.services_by_name[name].full_name
+    for module, name in (
+        (job_pb2, "JobService"),
+        (dataset_pb2, "DatasetService"),
+        (model_pb2, "ModelService"),
+        (endpoint_pb2, "EndpointService"),
+        (admin_pb2, "AdminService"),
+        (agent_pb2, "AgentService"),
+    )
+)
+
+
+async def serve(settings: Settings) -> None:
+    """Run a coordinator until SIGTERM or SIGINT. Raises FailedPrecondition where it cannot start."""
+    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _only_one(settings.home):
+        store = Store(settings.database_url)
+        try:
+            server = grpc.aio.server(
+                interceptors=[Guard(store)],
+                options=[
+                    ("grpc.so_reuseport", 0),
+                    ("grpc.max_receive_message_length", MAX_MESSAGE),
+                    ("grpc.max_send_message_length", 16 * MAX_MESSAGE),
+                    ("grpc.keepalive_permit_without_calls", 1),
+                    ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+                ],
+            )
+            address = _bind(server, settings)
+            await asyncio.to_thread(upgrade, store.engine)
+            await _run(server, store, settings, address)
+        finally:
+            store.close()
+
+
+async def _run(server: grpc.aio.Server, store: Store, settings: Settings, address: str) -> None:
+    secret = await store.write(lambda session: seed(session, settings.home))
+    notifier = Notifier()
+    cluster = RayCluster(settings.ray_address, settings.ray_token_path)
+    launcher = Launcher(cluster, settings.advertise or address, settings.agent_python, secret)
+    reconciler = Reconciler(store, launcher, notifier)
+    deployer = Deployer(store, cluster, notifier, settings.gateway_host, settings.gateway_port)
+    staging = Staging(settings.home / "uploads", settings.max_upload_bytes)
+    status = static_status(address, store.kind, deployer.url, settings.ray_address)
+
+    job_pb2_grpc.add_JobServiceServicer_to_server(JobService(store, notifier, reconciler), server)
+    dataset_pb2_grpc.add_DatasetServiceServicer_to_server(DatasetService(store, staging, settings.storage), server)
+    model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(store, staging, settings.storage), server)
+    endpoints = EndpointService(store, notifier, reconciler, deployer)
+    endpoint_pb2_grpc.add_EndpointServiceServicer_to_server(endpoints, server)
+    admin = AdminService(store, notifier, reconciler, status, lambda: deployer.gateway_state)
+    admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
+    agent_pb2_grpc.add_AgentServiceServicer_to_server(AgentService(store, notifier, secret, settings.storage), server)
+    healthy = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await server.start()
+    for name in ("", *SERVICES):
+        await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
+    log.info("serving on %s, store %s, Ray at %s", address, store.kind, settings.ray_address or "nowhere")
+    loops = [asyncio.create_task(reconciler.run()), asyncio.create_task(deployer.run())]
+    await stop.wait()
+    log.info("stopping")
+    await healthy.enter_graceful_shutdown()
+    notifier.close()
+    await server.stop(GRACE_SECONDS)
+    for loop in loops:
+        loop.cancel()
+    await asyncio.gather(*loops, return_exceptions=True)
+
+
+def _bind(server: grpc.aio.Server, settings: Settings) -> str:
+    """Take the port before anything slow begins, and return host:port."""
+    wanted = f"{settings.host}:{settings.port}"
+    try:
+        port = server.add_insecure_port(wanted)
+    except RuntimeError:
+        port = 0
+    if not port:
+        raise FailedPrecondition(
+            f"cannot listen on {wanted}: the port is in use or not allowed; choose another with --port", "PORT_TAKEN"
+        )
+    return f"{settings.host}:{port}"
+
+
+@contextlib.contextmanager
+def _only_one(home: Path) -> Iterator[None]:
+    """Hold the home's lock, so that no two coordinators share a home. The kernel lets go of it however the process ends."""
+    with (home / "coordinator.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FailedPrecondition(f"another coordinator runs in {home}; use --home for a second stack", "HOME_TAKEN") from None
+        yield
+
+
+def seed(session: Session, home: Path) -> str:
+    """Make sure of what every stack has: its secret, the default project, the admin key of the home. Returns the secret."""
+    fact = session.get(tables.StackFact, "secret")
+    if fact is None:
+        fact = tables.StackFact(key="secret", value=secrets.token_urlsafe(32))
+        session.add(fact)
+    if session.get(tables.Project, PROJECT) is None:
+        session.add(tables.Project(id=PROJECT, create_time=tables.now()))
+        session.flush()
+    file = home / ADMIN_KEY_FILE
+    if file.exists():
+        token_sha256 = sha256(file.read_text().strip())
+        if session.exec(select(tables.ApiKey).where(tables.ApiKey.token_sha256 == token_sha256)).first() is None:
+            session.add(
+                tables.ApiKey(
+                    id=f"key-{secrets.token_hex(5)}",
+                    project_id=PROJECT,
+                    display_name="admin",
+                    role=admin_pb2.ROLE_ADMIN,
+                    token_sha256=token_sha256,
+                    create_time=tables.now(),
+                )
+            )
+    return fact.value

@@ -1,0 +1,144 @@
+"""AdminService: keys and status."""
+
+from __future__ import annotations
+
+import os
+import platform
+import secrets
+from collections.abc import Callable, Sequence
+from datetime import UTC
+from importlib.metadata import version
+
+from luthier.v1 import admin_pb2, admin_pb2_grpc
+from sqlalchemy import func, tuple_
+from sqlmodel import Session, col, select
+
+from common.errors import InvalidArgument, NotFound, Violation
+from coordinator import messages
+from coordinator.jobs.reconcile import Reconciler
+from coordinator.jobs.tokens import new_key, sha256
+from coordinator.notify import Notifier
+from coordinator.services import paging
+from coordinator.services.principal import Context, principal
+from coordinator.store import tables
+from coordinator.store.database import Store
+from coordinator.store.tables import now
+
+
+class AdminService(admin_pb2_grpc.AdminServiceServicer):
+    """Translates calls of those who run the stack."""
+
+    def __init__(
+        self,
+        store: Store,
+        notifier: Notifier,
+        reconciler: Reconciler,
+        status: admin_pb2.GetStatusResponse,
+        gateway_state: Callable[[], str],
+    ) -> None:
+        self._store = store
+        self._notifier = notifier
+        self._reconciler = reconciler
+        self._status = status
+        self._gateway_state = gateway_state
+
+    async def CreateKey(self, request: admin_pb2.CreateKeyRequest, context: Context) -> admin_pb2.CreateKeyResponse:
+        """See admin.proto."""
+        who = principal()
+        who.own(request.parent, field="parent")
+        key = request.key
+        bad = []
+        if key.role not in admin_pb2.Role.values() or key.role == admin_pb2.ROLE_UNSPECIFIED:
+            bad.append(Violation("key.role", "say one of ROLE_QUERY, ROLE_VIEWER, ROLE_EDITOR, ROLE_ADMIN"))
+        if not 1 <= len(key.display_name) <= 100:
+            bad.append(Violation("key.display_name", "a name of 1 to 100 characters is needed"))
+        expires = key.expire_time.ToDatetime(tzinfo=UTC) if key.HasField("expire_time") else None
+        if expires is not None and expires <= now():
+            bad.append(Violation("key.expire_time", "lies in the past"))
+        if bad:
+            raise InvalidArgument.of(bad)
+        token = new_key()
+        row = tables.ApiKey(
+            id=f"key-{secrets.token_hex(5)}",
+            project_id=who.project,
+            display_name=key.display_name,
+            role=key.role,
+            token_sha256=sha256(token),
+            create_time=now(),
+            expire_time=expires,
+        )
+        await self._store.write(lambda session: session.add(row))
+        self._notifier.notify("endpoints")
+        return admin_pb2.CreateKeyResponse(key=messages.key(row), token=token)
+
+    async def ListKeys(self, request: admin_pb2.ListKeysRequest, context: Context) -> admin_pb2.ListKeysResponse:
+        """See admin.proto."""
+        who = principal()
+        who.own(request.parent, field="parent")
+        size = paging.page_size(request.page_size)
+        after = paging.decode(request.page_token, 2)
+
+        def work(session: Session) -> Sequence[tables.ApiKey]:
+            key = tables.ApiKey
+            query = select(key).where(key.project_id == who.project)
+            if after is not None:
+                last = select(key.create_time).where(key.id == after[1]).scalar_subquery()
+                query = query.where(tuple_(col(key.create_time), col(key.id)) < tuple_(last, after[1]))
+            return session.exec(query.order_by(col(key.create_time).desc(), col(key.id).desc()).limit(size + 1)).all()
+
+        rows = await self._store.read(work)
+        response = admin_pb2.ListKeysResponse(keys=[messages.key(row) for row in rows[:size]])
+        if len(rows) > size:
+            response.next_page_token = paging.encode("", rows[size - 1].id)
+        return response
+
+    async def RevokeKey(self, request: admin_pb2.RevokeKeyRequest, context: Context) -> admin_pb2.RevokeKeyResponse:
+        """See admin.proto."""
+        who = principal()
+        (key_id,) = who.own(request.name, "keys")
+
+        def work(session: Session) -> tables.ApiKey:
+            row = session.get(tables.ApiKey, key_id)
+            if row is None or row.project_id != who.project:
+                raise NotFound(f"there is no key {key_id!r}; `luthier key list` shows those there are", "KEY_NOT_FOUND")
+            row.revoke_time = row.revoke_time or now()
+            session.add(row)
+            return row
+
+        row = await self._store.write(work)
+        self._notifier.notify("endpoints")
+        return admin_pb2.RevokeKeyResponse(key=messages.key(row))
+
+    async def GetStatus(self, request: admin_pb2.GetStatusRequest, context: Context) -> admin_pb2.GetStatusResponse:
+        """See admin.proto."""
+        who = principal()
+
+        def work(session: Session) -> Sequence[tuple[str, int]]:
+            query = select(tables.Job.state, func.count()).where(tables.Job.project_id == who.project).group_by(tables.Job.state)
+            return session.exec(query).all()
+
+        counts = await self._store.read(work)
+        capacity = await self._reconciler.capacity()
+        held = self._reconciler.queue.held
+        response = admin_pb2.GetStatusResponse()
+        response.CopyFrom(self._status)
+        response.gateway.state = self._gateway_state()
+        response.ray.connected = capacity is not None
+        response.ray.error = self._reconciler.cluster_error
+        if capacity is not None:
+            response.ray.nodes = capacity.nodes
+            response.ray.cpus, response.ray.gpus = capacity.total.cpus, capacity.total.gpus
+            response.ray.cpus_free = max(capacity.total.cpus - held.cpus, 0)
+            response.ray.gpus_free = max(capacity.total.gpus - held.gpus, 0)
+        response.jobs.update(dict(counts))
+        return response
+
+
+def static_status(address: str, store: str, gateway_url: str, ray_address: str) -> admin_pb2.GetStatusResponse:
+    """The part of the status that does not change while the process lives."""
+    return admin_pb2.GetStatusResponse(
+        coordinator=admin_pb2.CoordinatorStatus(pid=os.getpid(), address=address, start_time=messages.stamp(now()), store=store),
+        gateway=admin_pb2.GatewayStatus(url=gateway_url),
+        ray=admin_pb2.RayStatus(address=ray_address),
+        versions={"luthier": version("luthier"), "ray": version("ray"), "python": platform.python_version()},
+    )

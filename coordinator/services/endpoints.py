@@ -1,0 +1,221 @@
+"""EndpointService."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from google.protobuf.message import Message
+from luthier.v1 import endpoint_pb2, endpoint_pb2_grpc
+from sqlmodel import Session, col, select
+
+from common.errors import FailedPrecondition, InvalidArgument, NotFound, Violation
+from common.names import check_id, parse_version_ref
+from coordinator import messages, registry
+from coordinator.endpoints.reconcile import GATEWAY, Deployer
+from coordinator.jobs.reconcile import Reconciler
+from coordinator.jobs.resolve import registered
+from coordinator.jobs.resources import Demand
+from coordinator.notify import Notifier
+from coordinator.services import paging
+from coordinator.services.principal import Context, Principal, principal
+from coordinator.store import tables
+from coordinator.store.database import Store
+from coordinator.store.tables import now
+
+MAX_REPLICAS = 1000
+DEPLOYING = endpoint_pb2.EndpointState.Name(endpoint_pb2.ENDPOINT_STATE_DEPLOYING)
+DELETING = endpoint_pb2.EndpointState.Name(endpoint_pb2.ENDPOINT_STATE_DELETING)
+
+
+class EndpointService(endpoint_pb2_grpc.EndpointServiceServicer):
+    """Translates calls about endpoints."""
+
+    def __init__(self, store: Store, notifier: Notifier, reconciler: Reconciler, deployer: Deployer) -> None:
+        self._store = store
+        self._notifier = notifier
+        self._reconciler = reconciler
+        self._deployer = deployer
+
+    async def DeployEndpoint(
+        self, request: endpoint_pb2.DeployEndpointRequest, context: Context
+    ) -> endpoint_pb2.DeployEndpointResponse:
+        """See endpoint.proto."""
+        who = principal()
+        who.own(request.parent, field="parent")
+        check_id(request.endpoint_id, "endpoint_id")
+        capacity = await self._reconciler.capacity()
+        desired = check(request.endpoint, capacity is not None and capacity.total.gpus > 0)
+        needs = claim(desired)
+        if capacity is not None and not (needs + GATEWAY).fits(capacity.total):
+            why = f"the least replicas and the gateway need {needs + GATEWAY}, the cluster has {capacity.total}"
+            raise InvalidArgument.of([Violation("endpoint.autoscaling.min_replicas", why)], "CLUSTER_TOO_SMALL")
+
+        def work(session: Session) -> tables.Endpoint:
+            return self._record(session, who, request, desired, needs)
+
+        if request.validate_only:
+            row = await self._store.read(work)
+        else:
+            row = await self._store.write(work)
+            self._notifier.notify("endpoints", "scheduler")
+        return endpoint_pb2.DeployEndpointResponse(endpoint=self._message(row))
+
+    def _record(
+        self,
+        session: Session,
+        who: Principal,
+        request: endpoint_pb2.DeployEndpointRequest,
+        desired: endpoint_pb2.Endpoint,
+        needs: Demand,
+    ) -> tables.Endpoint:
+        artifacts = {}
+        for number, route in enumerate(desired.routes):
+            ref = parse_version_ref(route.model_version, f"endpoint.routes[{number}].model_version", "models")
+            version = registry.find_model(session, who.project, ref)
+            artifact = registered(version)
+            route.model_version = artifact.name
+            artifacts[artifact.name] = messages.document(artifact)
+        if len(artifacts) < len(desired.routes):
+            raise InvalidArgument.of([Violation("endpoint.routes", "two routes lead to the same model version")])
+        row = session.get(tables.Endpoint, (who.project, request.endpoint_id))
+        if request.etag and (row is None or request.etag != f'"{row.version}"'):
+            raise FailedPrecondition("the endpoint was changed since it was read; read it again", "ETAG_MISMATCH")
+        if row is not None and row.state == DELETING:
+            raise FailedPrecondition(
+                f"endpoint {row.id!r} is being taken down; deploy again once it is gone", "ENDPOINT_DELETING"
+            )
+        moment = now()
+        if row is None:
+            row = tables.Endpoint(
+                project_id=who.project,
+                id=request.endpoint_id,
+                generation=0,
+                version=0,
+                state=DEPLOYING,
+                create_time=moment,
+                update_time=moment,
+            )
+        document = {"endpoint": messages.document(desired), "artifacts": artifacts}
+        if row.desired != document:
+            row.desired, row.generation = document, row.generation + 1
+            row.state, row.error = DEPLOYING, ""
+        row.version, row.update_time = row.version + 1, moment
+        row.cpus, row.gpus = needs.cpus, needs.gpus
+        session.add(row)
+        return row
+
+    async def GetEndpoint(self, request: endpoint_pb2.GetEndpointRequest, context: Context) -> endpoint_pb2.GetEndpointResponse:
+        """See endpoint.proto."""
+        who = principal()
+        row = await self._store.read(lambda session: find_endpoint(session, who, request.name))
+        return endpoint_pb2.GetEndpointResponse(endpoint=self._message(row))
+
+    async def ListEndpoints(
+        self, request: endpoint_pb2.ListEndpointsRequest, context: Context
+    ) -> endpoint_pb2.ListEndpointsResponse:
+        """See endpoint.proto."""
+        who = principal()
+        who.own(request.parent, field="parent")
+        size = paging.page_size(request.page_size)
+        after = paging.decode(request.page_token, 1)
+
+        def work(session: Session) -> Sequence[tables.Endpoint]:
+            query = select(tables.Endpoint).where(tables.Endpoint.project_id == who.project)
+            if after is not None:
+                query = query.where(tables.Endpoint.id > after[0])
+            return session.exec(query.order_by(col(tables.Endpoint.id)).limit(size + 1)).all()
+
+        rows = await self._store.read(work)
+        response = endpoint_pb2.ListEndpointsResponse(endpoints=[self._message(row) for row in rows[:size]])
+        if len(rows) > size:
+            response.next_page_token = paging.encode(rows[size - 1].id)
+        return response
+
+    async def DeleteEndpoint(
+        self, request: endpoint_pb2.DeleteEndpointRequest, context: Context
+    ) -> endpoint_pb2.DeleteEndpointResponse:
+        """See endpoint.proto."""
+        who = principal()
+
+        def work(session: Session) -> tables.Endpoint:
+            row = find_endpoint(session, who, request.name)
+            if row.state != DELETING:
+                row.state, row.version, row.update_time = DELETING, row.version + 1, now()
+                session.add(row)
+            return row
+
+        row = await self._store.write(work)
+        self._notifier.notify("endpoints")
+        return endpoint_pb2.DeleteEndpointResponse(endpoint=self._message(row))
+
+    def _message(self, row: tables.Endpoint) -> endpoint_pb2.Endpoint:
+        message = messages.parse(row.desired["endpoint"], endpoint_pb2.Endpoint())
+        message.name = f"projects/{row.project_id}/endpoints/{row.id}"
+        message.state = endpoint_pb2.EndpointState.Value(row.state)
+        message.url = self._deployer.url
+        message.error, message.generation, message.etag = row.error, row.generation, f'"{row.version}"'
+        message.create_time.FromDatetime(row.create_time)
+        message.update_time.FromDatetime(row.update_time)
+        for route in message.routes:
+            route.ready_replicas = row.ready_replicas.get(route.model_version, 0)
+        return message
+
+
+def find_endpoint(session: Session, who: Principal, name: str) -> tables.Endpoint:
+    """The endpoint of that name in the caller's project; NotFound otherwise."""
+    (endpoint_id,) = who.own(name, "endpoints")
+    row = session.get(tables.Endpoint, (who.project, endpoint_id))
+    if row is None:
+        raise NotFound(
+            f"there is no endpoint {endpoint_id!r}; `luthier endpoint list` shows those there are", "ENDPOINT_NOT_FOUND"
+        )
+    return row
+
+
+def check(sent: endpoint_pb2.Endpoint, cluster_has_gpus: bool) -> endpoint_pb2.Endpoint:
+    """The desired state with its defaults; InvalidArgument names every bad field."""
+    desired = endpoint_pb2.Endpoint(routes=sent.routes, autoscaling=sent.autoscaling, resources=sent.resources)
+    bad: list[Violation] = []
+    if not desired.routes:
+        bad.append(Violation("endpoint.routes", "missing: name at least one model version"))
+    unweighted = all(route.weight == 0 for route in desired.routes)
+    for number, route in enumerate(desired.routes):
+        route.ready_replicas = 0
+        route.weight = 1 if unweighted else route.weight
+        if not route.model_version:
+            bad.append(Violation(f"endpoint.routes[{number}].model_version", "missing: name@3 or name@alias"))
+        if not 0 <= route.weight <= 1_000_000:
+            bad.append(Violation(f"endpoint.routes[{number}].weight", f"{route.weight} is not between 0 and 1000000"))
+    scaling = desired.autoscaling
+    scaling.min_replicas = scaling.min_replicas or 1
+    scaling.max_replicas = scaling.max_replicas or scaling.min_replicas
+    scaling.target_ongoing_requests = scaling.target_ongoing_requests or 4.0
+    if not 1 <= scaling.min_replicas <= MAX_REPLICAS:
+        bad.append(Violation("endpoint.autoscaling.min_replicas", f"{scaling.min_replicas} is not between 1 and {MAX_REPLICAS}"))
+    if not scaling.min_replicas <= scaling.max_replicas <= MAX_REPLICAS:
+        why = f"{scaling.max_replicas} is not between min_replicas ({scaling.min_replicas}) and {MAX_REPLICAS}"
+        bad.append(Violation("endpoint.autoscaling.max_replicas", why))
+    if not 0 < scaling.target_ongoing_requests < math.inf:
+        why = f"{scaling.target_ongoing_requests} is not a finite number above 0"
+        bad.append(Violation("endpoint.autoscaling.target_ongoing_requests", why))
+    _default(desired.resources, "cpus", 0.5)
+    _default(desired.resources, "gpus", 1.0 if cluster_has_gpus else 0.0)
+    if not 0 < desired.resources.cpus <= 1024:
+        bad.append(Violation("endpoint.resources.cpus", f"{desired.resources.cpus} is not above 0 and at most 1024"))
+    if not 0 <= desired.resources.gpus <= 16:
+        bad.append(Violation("endpoint.resources.gpus", f"{desired.resources.gpus} is not between 0 and 16"))
+    if bad:
+        raise InvalidArgument.of(bad)
+    return desired
+
+
+def claim(desired: endpoint_pb2.Endpoint) -> Demand:
+    """What the endpoint holds at its least."""
+    replicas = desired.autoscaling.min_replicas * len(desired.routes)
+    return Demand(desired.resources.cpus, desired.resources.gpus).times(replicas)
+
+
+def _default(message: Message, field: str, value: float) -> None:
+    if not message.HasField(field):
+        setattr(message, field, value)

@@ -1,0 +1,126 @@
+"""What happens around every call: who it is, may he, and how errors leave the house."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+from luthier.v1 import admin_pb2
+from sqlmodel import Session, select
+
+from common.errors import Internal, LuthierError, PermissionDenied, Unauthenticated
+from coordinator.jobs.tokens import sha256
+from coordinator.services.principal import NEEDS, OPEN, VIEWER, Context, Principal, current
+from coordinator.store import tables
+from coordinator.store.database import Store
+from coordinator.store.tables import now
+
+log = logging.getLogger(__name__)
+
+DOMAIN = "luthier"
+"""Domain of the ErrorInfo of every error."""
+
+
+def find_key(session: Session, token: str) -> Principal:
+    """The key behind a token; Unauthenticated, saying why, where it does not count."""
+    row = session.exec(select(tables.ApiKey).where(tables.ApiKey.token_sha256 == sha256(token))).first()
+    if row is None:
+        raise Unauthenticated("this key is not known here", "KEY_UNKNOWN")
+    if row.revoke_time is not None:
+        raise Unauthenticated(f"key {row.display_name!r} was revoked", "KEY_REVOKED")
+    if row.expire_time is not None and row.expire_time <= now():
+        raise Unauthenticated(f"key {row.display_name!r} expired at {row.expire_time:%Y-%m-%d %H:%M} UTC", "KEY_EXPIRED")
+    role = admin_pb2.Role.ValueType(row.role)
+    return Principal(row.project_id, row.id, row.display_name, role)
+
+
+def to_status(error: LuthierError) -> status_pb2.Status:
+    """An error as google.rpc.Status with ErrorInfo and, for bad fields, BadRequest."""
+    status = status_pb2.Status(code=code_pb2.Code.Value(error.grpc_code), message=error.message)
+    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
+    if error.violations:
+        violation = error_details_pb2.BadRequest.FieldViolation
+        details.append(
+            error_details_pb2.BadRequest(
+                field_violations=[violation(field=bad.field, description=bad.description) for bad in error.violations]
+            )
+        )
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+class Guard(grpc.aio.ServerInterceptor):
+    """Authenticates, authorises, and turns exceptions into statuses."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Wrap the handler of a call."""
+        handler = await continuation(details)
+        if handler is None or details.method.startswith(OPEN[0]):
+            return handler
+        direction = ("stream_" if handler.request_streaming else "unary_") + ("stream" if handler.response_streaming else "unary")
+        behaviour = getattr(handler, direction)
+        wrapped: Any = self._stream(behaviour, details) if handler.response_streaming else self._unary(behaviour, details)
+        make = getattr(grpc, f"{direction}_rpc_method_handler")
+        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+
+    async def _admit(self, details: grpc.HandlerCallDetails) -> None:
+        if details.method.startswith(OPEN):
+            return
+        headers = {str(name): value for name, value in details.invocation_metadata or ()}
+        scheme, _, token = str(headers.get("authorization", "")).partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            raise Unauthenticated("no key: send the metadata `authorization: Bearer lut_…` (LUTHIER_TOKEN)", "KEY_MISSING")
+        who = await self._store.read(lambda session: find_key(session, token))
+        needed = VIEWER if "ServerReflection" in details.method else NEEDS.get(details.method)
+        if needed is None or who.role < needed:
+            word = admin_pb2.Role.Name(needed).removeprefix("ROLE_").lower() if needed else "that does not exist"
+            raise PermissionDenied(f"this call needs a key with the role {word} or more", "ROLE_TOO_LOW")
+        current.set(who)
+
+    def _unary(self, behaviour: Callable[..., Any], details: grpc.HandlerCallDetails) -> Callable[..., Awaitable[Any]]:
+        async def call(request: Any, context: Context) -> Any:
+            try:
+                await self._admit(details)
+                return await behaviour(request, context)
+            except Exception as error:
+                await _abort(context, details.method, error)
+
+        return call
+
+    def _stream(self, behaviour: Callable[..., Any], details: grpc.HandlerCallDetails) -> Callable[..., AsyncIterator[Any]]:
+        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+            try:
+                await self._admit(details)
+                async for response in behaviour(request, context):
+                    yield response
+            except Exception as error:
+                await _abort(context, details.method, error)
+
+        return call
+
+
+async def _abort(context: Context, method: str, error: Exception) -> None:
+    """End the call with the error's status. What nobody foresaw is logged under an id, and only the id leaves the house."""
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if not isinstance(error, LuthierError):
+        correlation = secrets.token_hex(6)
+        log.error("%s failed [%s]", method, correlation, exc_info=error)
+        error = Internal(f"an unforeseen error; the coordinator's log has it under {correlation}", "INTERNAL")
+    await context.abort_with_status(rpc_status.to_status(to_status(error)))

@@ -1,0 +1,81 @@
+"""Who calls, and what each call needs."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from luthier.v1 import admin_pb2
+
+from common.errors import NotFound, Unauthenticated
+from common.names import parse
+
+if TYPE_CHECKING:
+    from grpc.aio import ServicerContext
+
+Context: TypeAlias = "ServicerContext[Any, Any]"
+"""What gRPC hands to every call."""
+
+VIEWER, EDITOR, ADMIN = admin_pb2.ROLE_VIEWER, admin_pb2.ROLE_EDITOR, admin_pb2.ROLE_ADMIN
+
+NEEDS: dict[str, admin_pb2.Role.ValueType] = {
+    "/luthier.v1.JobService/CreateJob": EDITOR,
+    "/luthier.v1.JobService/GetJob": VIEWER,
+    "/luthier.v1.JobService/ListJobs": VIEWER,
+    "/luthier.v1.JobService/CancelJob": EDITOR,
+    "/luthier.v1.JobService/WatchJob": VIEWER,
+    "/luthier.v1.JobService/TailLogs": VIEWER,
+    "/luthier.v1.JobService/ListCheckpoints": VIEWER,
+    "/luthier.v1.JobService/ListJobMetrics": VIEWER,
+    "/luthier.v1.DatasetService/UploadDataset": EDITOR,
+    "/luthier.v1.DatasetService/ListDatasets": VIEWER,
+    "/luthier.v1.DatasetService/GetDatasetVersion": VIEWER,
+    "/luthier.v1.DatasetService/ListDatasetVersions": VIEWER,
+    "/luthier.v1.ModelService/UploadModel": EDITOR,
+    "/luthier.v1.ModelService/ListModels": VIEWER,
+    "/luthier.v1.ModelService/GetModelVersion": VIEWER,
+    "/luthier.v1.ModelService/ListModelVersions": VIEWER,
+    "/luthier.v1.ModelService/SetAlias": EDITOR,
+    "/luthier.v1.ModelService/GetLineage": VIEWER,
+    "/luthier.v1.EndpointService/DeployEndpoint": EDITOR,
+    "/luthier.v1.EndpointService/GetEndpoint": VIEWER,
+    "/luthier.v1.EndpointService/ListEndpoints": VIEWER,
+    "/luthier.v1.EndpointService/DeleteEndpoint": EDITOR,
+    "/luthier.v1.AdminService/CreateKey": ADMIN,
+    "/luthier.v1.AdminService/ListKeys": ADMIN,
+    "/luthier.v1.AdminService/RevokeKey": ADMIN,
+    "/luthier.v1.AdminService/GetStatus": VIEWER,
+}
+"""The least role for every call that takes a key. A call that is missing here is refused."""
+
+OPEN = ("/grpc.health.v1.Health/", "/luthier.agent.v1.AgentService/")
+"""Services that take no key: health tells nothing, and agents prove themselves by their run's secret."""
+
+
+@dataclass(frozen=True)
+class Principal:
+    """The key behind a call."""
+
+    project: str
+    key_id: str
+    display_name: str
+    role: admin_pb2.Role.ValueType
+
+    def own(self, name: str, *collections: str, field: str = "name") -> tuple[str, ...]:
+        """Ids of a resource name without its project. Another project's name is NotFound, whether or not it exists."""
+        project, *ids = parse(name, "projects", *collections, field=field)
+        if project != self.project:
+            raise NotFound(f"there is no {name}")
+        return tuple(ids)
+
+
+current: ContextVar[Principal] = ContextVar("principal")
+
+
+def principal() -> Principal:
+    """Who makes the present call."""
+    try:
+        return current.get()
+    except LookupError:
+        raise Unauthenticated("this call needs a key") from None

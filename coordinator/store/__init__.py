@@ -1,0 +1,1 @@
+"""The records: SQLModel tables, transactions, migrations."""

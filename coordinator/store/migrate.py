@@ -1,0 +1,24 @@
+"""Bring the schema of a database up to date."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Engine
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+
+
+def config(engine: Engine) -> Config:
+    """Alembic's settings for this package's migrations on `engine`."""
+    settings = Config()
+    settings.set_main_option("script_location", str(MIGRATIONS))
+    settings.attributes["engine"] = engine
+    return settings
+
+
+def upgrade(engine: Engine, revision: str = "head") -> None:
+    """Apply every migration up to `revision` that has not been applied yet."""
+    command.upgrade(config(engine), revision)

@@ -1,0 +1,286 @@
+"""The tables. Proto messages are kept as their JSON with the contract's field names, so that a person can read the store."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, ClassVar
+
+from sqlalchemy import JSON, BigInteger, Column, DateTime, Index, Text, UniqueConstraint
+from sqlalchemy.engine import Dialect
+from sqlalchemy.types import TypeDecorator
+from sqlmodel import Field, SQLModel
+
+
+class UTCDateTime(TypeDecorator[datetime]):
+    """A moment in UTC. SQLite drops time zones, so it is given back here."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Store in UTC; refuse moments without a zone."""
+        if value is not None and value.tzinfo is None:
+            raise ValueError("a moment without a time zone")
+        return value.astimezone(UTC) if value is not None else None
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Read as UTC."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def now() -> datetime:
+    """The present moment in UTC."""
+    return datetime.now(UTC)
+
+
+def _time(nullable: bool = False) -> Any:
+    return Field(default=None if nullable else ..., sa_type=UTCDateTime, nullable=nullable)
+
+
+def _json(default: type[dict[str, Any]] | type[list[Any]] = dict) -> Any:
+    return Field(default_factory=default, sa_type=JSON, nullable=False)
+
+
+def _big(default: int = 0) -> Any:
+    return Field(default=default, sa_column=Column(BigInteger, nullable=False))
+
+
+class StackFact(SQLModel, table=True):
+    """Facts about the stack as a whole, such as the secret that claim tokens are derived from."""
+
+    __tablename__: ClassVar[Any] = "stack_fact"
+    key: str = Field(primary_key=True)
+    value: str
+
+
+class Project(SQLModel, table=True):
+    """A tenant."""
+
+    id: str = Field(primary_key=True)
+    create_time: datetime = _time()
+
+
+class ApiKey(SQLModel, table=True):
+    """An API key. Only the SHA-256 of its secret is kept; the secret has 256 random bits, so no slow hash is needed."""
+
+    __tablename__: ClassVar[Any] = "api_key"
+    id: str = Field(primary_key=True)
+    project_id: str = Field(foreign_key="project.id", index=True)
+    display_name: str
+    role: int
+    token_sha256: str = Field(unique=True)
+    create_time: datetime = _time()
+    expire_time: datetime | None = _time(nullable=True)
+    revoke_time: datetime | None = _time(nullable=True)
+
+
+class Job(SQLModel, table=True):
+    """A job. `sequence` numbers its events, `version` every change; wishes are columns, `state` is what was observed."""
+
+    __table_args__ = (
+        UniqueConstraint("project_id", "job_id"),
+        UniqueConstraint("project_id", "request_id"),
+        Index("ix_job_project_created", "project_id", "create_time", "uid"),
+        Index("ix_job_state", "state"),
+    )
+    uid: str = Field(primary_key=True)
+    project_id: str = Field(foreign_key="project.id")
+    job_id: str
+    kind: str
+    display_name: str
+    labels: dict[str, str] = _json()
+    priority: int = 0
+    time_limit_seconds: float | None = None
+    spec: dict[str, Any] = _json()
+    inputs: dict[str, Any] = _json()
+    cpus: float = 0.0
+    gpus: float = 0.0
+    request_id: str | None = None
+    request_sha256: str = ""
+    creator: str = ""
+
+    state: str
+    end_reason: str = "UNSPECIFIED"
+    run: int = 0
+    attempt: int = 0
+    sequence: int = _big()
+    log_sequence: int = _big()
+    version: int = _big(1)
+    progress: dict[str, Any] = _json()
+    progress_version: int = _big()
+    result: dict[str, Any] = _json()
+    error: dict[str, Any] = _json()
+
+    cancel_time: datetime | None = _time(nullable=True)
+    cancel_reason: str = "UNSPECIFIED"
+
+    create_time: datetime = _time()
+    start_time: datetime | None = _time(nullable=True)
+    end_time: datetime | None = _time(nullable=True)
+    update_time: datetime = _time()
+
+
+class JobRun(SQLModel, table=True):
+    """One launch of a job. The claim token is derived (see jobs/tokens.py) and so not stored; the session's hash is set once."""
+
+    __tablename__: ClassVar[Any] = "job_run"
+    job_uid: str = Field(primary_key=True, foreign_key="job.uid")
+    run: int = Field(primary_key=True)
+    submission_id: str = Field(unique=True)
+    session_sha256: str = ""
+    create_time: datetime = _time()
+    claim_time: datetime | None = _time(nullable=True)
+    report_time: datetime | None = _time(nullable=True)
+    end_time: datetime | None = _time(nullable=True)
+    failures: list[dict[str, Any]] = _json(list)
+
+
+class ReportCursor(SQLModel, table=True):
+    """Number of the last report applied, per run and source: a repeated one is ignored."""
+
+    __tablename__: ClassVar[Any] = "report_cursor"
+    job_uid: str = Field(primary_key=True, foreign_key="job.uid")
+    run: int = Field(primary_key=True)
+    source: str = Field(primary_key=True)
+    last: int = _big()
+
+
+class JobEvent(SQLModel, table=True):
+    """An append-only, numbered record of a job's life."""
+
+    __tablename__: ClassVar[Any] = "job_event"
+    job_uid: str = Field(primary_key=True, foreign_key="job.uid")
+    sequence: int = Field(sa_column=Column(BigInteger, primary_key=True, autoincrement=False))
+    time: datetime = _time()
+    type: int
+    state: str
+    end_reason: str = "UNSPECIFIED"
+    run: int = 0
+    message: str = Field(default="", sa_column=Column(Text, nullable=False))
+
+
+class JobLog(SQLModel, table=True):
+    """A line of a job's processes."""
+
+    __tablename__: ClassVar[Any] = "job_log"
+    job_uid: str = Field(primary_key=True, foreign_key="job.uid")
+    sequence: int = Field(sa_column=Column(BigInteger, primary_key=True, autoincrement=False))
+    time: datetime = _time()
+    run: int
+    source: str
+    level: str
+    message: str = Field(sa_column=Column(Text, nullable=False))
+
+
+class Metric(SQLModel, table=True):
+    """The figures of one step."""
+
+    __table_args__ = (Index("ix_metric_job", "job_uid", "id"),)
+    id: int | None = Field(default=None, primary_key=True)
+    job_uid: str = Field(foreign_key="job.uid")
+    run: int
+    step: int = _big()
+    trial: str = ""
+    time: datetime = _time()
+    figures: dict[str, float] = _json()
+
+
+class Checkpoint(SQLModel, table=True):
+    """A published checkpoint."""
+
+    job_uid: str = Field(primary_key=True, foreign_key="job.uid")
+    run: int = Field(primary_key=True)
+    step: int = Field(sa_column=Column(BigInteger, primary_key=True, autoincrement=False))
+    uri: str
+    manifest_sha256: str
+    size_bytes: int = _big()
+    create_time: datetime = _time()
+
+
+class Trial(SQLModel, table=True):
+    """A trial of a sweep, as last reported."""
+
+    job_uid: str = Field(primary_key=True, foreign_key="job.uid")
+    trial_id: str = Field(primary_key=True)
+    document: dict[str, Any] = _json()
+
+
+class Dataset(SQLModel, table=True):
+    """A data set's name and its latest version."""
+
+    project_id: str = Field(primary_key=True, foreign_key="project.id")
+    id: str = Field(primary_key=True)
+    latest: int = 0
+    create_time: datetime = _time()
+
+
+class DatasetVersion(SQLModel, table=True):
+    """An immutable set of rows; `document` is the contract's message."""
+
+    __tablename__: ClassVar[Any] = "dataset_version"
+    __table_args__ = (UniqueConstraint("project_id", "request_id"),)
+    project_id: str = Field(primary_key=True, foreign_key="project.id")
+    dataset_id: str = Field(primary_key=True)
+    version: int = Field(primary_key=True)
+    content_hash: str
+    manifest_sha256: str = ""
+    uri: str
+    document: dict[str, Any] = _json()
+    request_id: str | None = None
+    request_sha256: str = ""
+    create_time: datetime = _time()
+
+
+class Model(SQLModel, table=True):
+    """A model's name and its latest version."""
+
+    project_id: str = Field(primary_key=True, foreign_key="project.id")
+    id: str = Field(primary_key=True)
+    latest: int = 0
+    create_time: datetime = _time()
+
+
+class ModelVersion(SQLModel, table=True):
+    """An immutable artifact; `document` is the contract's message."""
+
+    __tablename__: ClassVar[Any] = "model_version"
+    __table_args__ = (UniqueConstraint("project_id", "request_id"),)
+    project_id: str = Field(primary_key=True, foreign_key="project.id")
+    model_id: str = Field(primary_key=True)
+    version: int = Field(primary_key=True)
+    content_hash: str
+    uri: str
+    job_uid: str = Field(default="", index=True)
+    document: dict[str, Any] = _json()
+    request_id: str | None = None
+    request_sha256: str = ""
+    create_time: datetime = _time()
+
+
+class ModelAlias(SQLModel, table=True):
+    """A name that points at one version of a model."""
+
+    __tablename__: ClassVar[Any] = "model_alias"
+    project_id: str = Field(primary_key=True, foreign_key="project.id")
+    model_id: str = Field(primary_key=True)
+    alias: str = Field(primary_key=True)
+    version: int
+
+
+class Endpoint(SQLModel, table=True):
+    """Desired state of a deployment, and what was last observed of it."""
+
+    project_id: str = Field(primary_key=True, foreign_key="project.id")
+    id: str = Field(primary_key=True)
+    desired: dict[str, Any] = _json()
+    generation: int = 1
+    version: int = _big(1)
+    state: str
+    error: str = ""
+    ready_replicas: dict[str, int] = _json()
+    cpus: float = 0.0
+    gpus: float = 0.0
+    create_time: datetime = _time()
+    update_time: datetime = _time()

@@ -1,0 +1,47 @@
+"""A store in a temporary folder, and jobs in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from luthier.v1 import job_pb2, training_pb2
+from sqlmodel import Session
+
+from coordinator.jobs import create
+from coordinator.jobs.resolve import Resolved
+from coordinator.jobs.resources import fill_in
+from coordinator.server import seed
+from coordinator.store.database import Store
+from coordinator.store.migrate import upgrade
+from coordinator.store.tables import Job
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    store = Store(f"sqlite:///{tmp_path / 'records.db'}")
+    upgrade(store.engine)
+    store.write_now(lambda session: seed(session, tmp_path))
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def new_job(store: Store) -> Callable[..., Job]:
+    """Record a fine-tune; keyword arguments are fields of Job, `workers` and `request_id`."""
+
+    def make(*, workers: int = 1, request_id: str = "", **fields: object) -> Job:
+        spec = training_pb2.FinetuneSpec(
+            base="builtin:tiny", dataset="tickets@1", method="full", workers=workers, output_model="m"
+        )
+        job = job_pb2.Job(finetune=spec, **fields)  # type: ignore[arg-type]
+        fill_in(job, cluster_has_gpus=False)
+        request = create.request_of("default", "tester", job_pb2.CreateJobRequest(job=job, request_id=request_id))
+
+        def work(session: Session) -> Job:
+            return create.insert(session, request, job, Resolved())
+
+        return store.write_now(work)
+
+    return make

@@ -1,0 +1,188 @@
+"""The loop between store and Ray, with a cluster that does what the test says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+from luthier.agent.v1 import agent_pb2
+from luthier.v1 import job_pb2
+from sqlmodel import Session
+
+from coordinator.cluster.launcher import Launcher, submission_id
+from coordinator.cluster.ray_cluster import Submission
+from coordinator.jobs import reconcile, report
+from coordinator.jobs.reconcile import Reconciler, wish_end
+from coordinator.jobs.states import EndReason
+from coordinator.jobs.tokens import claim_token
+from coordinator.notify import Notifier
+from coordinator.store import tables
+from coordinator.store.database import Store
+from tests.support.fake_ray import FakeRay
+
+NewJob = Callable[..., tables.Job]
+SECRET = "s" * 40
+
+
+@pytest.fixture
+def ray() -> FakeRay:
+    return FakeRay()
+
+
+@pytest.fixture
+def loop(store: Store, ray: FakeRay) -> Reconciler:
+    return Reconciler(store, Launcher(ray, "127.0.0.1:7420", "python", secret_of(store)), Notifier())  # type: ignore[arg-type]
+
+
+def secret_of(store: Store) -> str:
+    return store.read_now(lambda session: session.get_one(tables.StackFact, "secret").value)
+
+
+def job_of(store: Store, job: tables.Job) -> tables.Job:
+    return store.read_now(lambda session: session.get_one(tables.Job, job.uid))
+
+
+def claim(store: Store, job: tables.Job) -> None:
+    token = claim_token(secret_of(store), job.uid, 1)
+    request = agent_pb2.ClaimRunRequest(job_uid=job.uid, run=1, claim_token=token, session_secret=SECRET)
+    store.write_now(lambda session: report.claim(session, secret_of(store), request))
+
+
+async def test_what_fits_is_started_once_and_the_rest_says_what_it_waits_for(
+    loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob
+) -> None:
+    first, second = new_job(workers=3), new_job(workers=3)
+    await loop.round()
+    await loop.round()
+    assert list(ray.jobs) == [submission_id(first.uid, 1)]
+    assert (job_of(store, first).state, job_of(store, second).state) == ("STARTING", "QUEUED")
+    assert loop.queue.decisions[second.uid].reason == "3.25 CPUs; 0.75 CPUs and 0 GPUs are free"
+
+
+async def test_nothing_that_a_user_wrote_reaches_the_command_line(loop: Reconciler, ray: FakeRay, new_job: NewJob) -> None:
+    job = new_job(display_name="x; rm -rf /")
+    await loop.round()
+    environment = ray.environments[submission_id(job.uid, 1)]
+    assert "rm -rf" not in str(environment)
+    assert set(environment) >= {"LUTHIER_COORDINATOR", "LUTHIER_JOB_UID", "LUTHIER_RUN", "LUTHIER_CLAIM_TOKEN"}
+
+
+async def test_a_coordinator_that_died_before_submitting_submits_with_the_same_token(
+    loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob
+) -> None:
+    job = new_job()
+    ray.down = True
+    loop._capacity = None
+    decision = reconcile.Decision(job.uid, True, 0, "fits")
+    assert store.write_now(lambda session: reconcile._begin_run(session, decision)) is not None
+    ray.down = False
+    again = Reconciler(store, loop._launcher, Notifier())
+    await again.round()
+    environment = ray.environments[submission_id(job.uid, 1)]
+    assert environment["LUTHIER_CLAIM_TOKEN"] == claim_token(secret_of(store), job.uid, 1)
+    await again.round()
+    assert ray.refused == []
+    assert job_of(store, job).run == 1
+
+
+async def test_an_agent_that_dies_without_a_word_fails_the_job_with_its_last_lines(
+    loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob
+) -> None:
+    job = new_job()
+    await loop.round()
+    claim(store, job)
+    ray.jobs[submission_id(job.uid, 1)] = Submission("FAILED", "Job entrypoint command failed with exit code -9")
+    await loop.round()
+    row = job_of(store, job)
+    assert (row.state, row.end_reason, row.error["code"]) == ("FAILED", "AGENT_LOST", "AGENT_LOST")
+    assert "exit code -9" in row.error["message"]
+    assert row.error["traceback"].endswith("last line")
+
+
+async def test_a_rank_that_told_of_its_failure_is_the_cause_of_a_lost_agent(
+    loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob
+) -> None:
+    job = new_job()
+    await loop.round()
+    claim(store, job)
+    failure = agent_pb2.Report(sequence=1, failure=job_pb2.JobError(code="TRAINING_ERROR", message="division by zero"))
+    request = agent_pb2.ReportRequest(job_uid=job.uid, run=1, source="rank-1", session_secret=SECRET, reports=[failure])
+    store.write_now(lambda session: report.apply(session, request))
+    ray.jobs[submission_id(job.uid, 1)] = Submission("FAILED", "gone")
+    await loop.round()
+    assert job_of(store, job).error == {"code": "TRAINING_ERROR", "message": "division by zero", "source": "rank-1"}
+
+
+async def test_a_run_that_ray_forgot_is_failed(loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob) -> None:
+    job = new_job()
+    await loop.round()
+    claim(store, job)
+    ray.jobs.clear()
+    await loop.round()
+    assert (job_of(store, job).state, job_of(store, job).end_reason) == ("FAILED", "NODE_LOST")
+
+
+async def test_while_ray_is_away_nothing_is_decided(loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob) -> None:
+    running, queued = new_job(workers=3), new_job(workers=3)
+    await loop.round()
+    claim(store, running)
+    ray.down = True
+    with pytest.raises(reconcile.Unavailable):
+        await loop.round()
+    assert (job_of(store, running).state, job_of(store, queued).state) == ("RUNNING", "QUEUED")
+
+
+async def test_cancelling_a_queued_job_ends_it_at_once(store: Store, new_job: NewJob) -> None:
+    job = new_job()
+    assert store.write_now(lambda session: wish_end(session, job.uid, EndReason.USER))
+    row = job_of(store, job)
+    assert (row.state, row.end_reason, row.sequence) == ("CANCELLED", "USER", 2)
+    assert not store.write_now(lambda session: wish_end(session, job.uid, EndReason.USER))
+    assert job_of(store, job).sequence == 2
+
+
+async def test_cancelling_a_run_that_nobody_claimed_stops_it_at_ray(
+    loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob
+) -> None:
+    job = new_job()
+    await loop.round()
+    store.write_now(lambda session: wish_end(session, job.uid, EndReason.USER))
+    assert job_of(store, job).state == "STARTING"
+    await loop.round()
+    assert ray.stopped == [submission_id(job.uid, 1)]
+    await loop.round()
+    assert job_of(store, job).state == "CANCELLED"
+
+
+async def test_a_run_over_its_time_limit_is_asked_then_told_to_stop(
+    loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob
+) -> None:
+    from google.protobuf.duration_pb2 import Duration
+
+    job = new_job(time_limit=Duration(seconds=60))
+    await loop.round()
+    claim(store, job)
+    await loop.round()
+    assert job_of(store, job).cancel_time is None
+
+    def long_ago(session: Session) -> None:
+        row = session.get_one(tables.Job, job.uid)
+        row.start_time = tables.now() - timedelta(seconds=61)
+        session.add(row)
+
+    store.write_now(long_ago)
+    await loop.round()
+    assert job_of(store, job).cancel_reason == "TIME_LIMIT"
+    assert ray.stopped == []
+
+    def grace_over(session: Session) -> None:
+        row = session.get_one(tables.Job, job.uid)
+        row.cancel_time = tables.now() - reconcile.CANCEL_GRACE * 2
+        session.add(row)
+
+    store.write_now(grace_over)
+    await loop.round()
+    await loop.round()
+    row = job_of(store, job)
+    assert (row.state, row.end_reason, row.error["message"]) == ("FAILED", "TIME_LIMIT", "stopped after its time limit of 60 s")
