@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from common import manifest
 from common.errors import FailedPrecondition
 
 SCHEMA = pa.schema(
@@ -24,6 +25,7 @@ SCHEMA = pa.schema(
     ]
 )
 BATCH = 2048
+DATASET_FILE = "dataset.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +79,47 @@ def version_hash(splits: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(dict(splits), sort_keys=True).encode()).hexdigest()
 
 
+class SplitWriter:
+    """Writes the rows of one split to a Parquet file, a batch at a time, and counts and hashes them on the way."""
+
+    def __init__(self, path: Path) -> None:
+        self.count = 0
+        self._digest = hashlib.sha256()
+        self._batch: list[Row] = []
+        self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd")
+
+    @property
+    def content_hash(self) -> str:
+        """Content hash of the rows so far."""
+        return self._digest.hexdigest()
+
+    def add(self, row: Row) -> None:
+        """Append a row."""
+        self.count += 1
+        self._digest.update(row.canonical())
+        self._batch.append(row)
+        if len(self._batch) == BATCH:
+            self._write()
+
+    def __enter__(self) -> SplitWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._batch:
+            self._write()
+        self._writer.close()
+
+    def _write(self) -> None:
+        self._writer.write_table(_table(self._batch))
+        self._batch = []
+
+
 def write_split(rows: Iterable[Row], path: Path) -> int:
-    """Write rows to a Parquet file, a batch at a time, and return how many they were."""
-    count = 0
-    with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
-        for batch in _batches(rows):
-            writer.write_table(_table(batch))
-            count += len(batch)
-    return count
+    """Write rows to a Parquet file and return how many they were."""
+    with SplitWriter(path) as writer:
+        for row in rows:
+            writer.add(row)
+    return writer.count
 
 
 def iter_split(path: Path) -> Iterator[Row]:
@@ -104,15 +139,21 @@ def read_split(path: Path) -> list[Row]:
     return list(iter_split(path))
 
 
-def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    batch: list[Row] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def fetch_dataset(uri: str, hash_of_content: str = "") -> Path:
+    """Return a local folder with a data set version: `{split}.parquet` for each split, and `dataset.json`.
+
+    The version's content hash is that of its rows, not of its files; it is checked where given.
+    """
+    folder = manifest.fetch(uri)
+    try:
+        there = json.loads((folder / DATASET_FILE).read_bytes())["content_hash"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FailedPrecondition(f"the artifact at {uri} is no data set: {error}", "ARTIFACT_DAMAGED") from error
+    if hash_of_content and there != hash_of_content:
+        raise FailedPrecondition(
+            f"the data set at {uri} has the content hash {there}, but {hash_of_content} was expected", "ARTIFACT_DAMAGED"
+        )
+    return folder
 
 
 def _table(rows: list[Row]) -> Any:
