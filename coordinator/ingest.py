@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import resource
 import sys
 from pathlib import Path
 
-from luthier.v1 import dataset_pb2
+import psutil
 
 from common.errors import Internal, InvalidArgument, Violation
 from coordinator.messages import parse
+from luthier.v1 import dataset_pb2
 
 MEMORY_LIMIT = 8 * 2**30
 """Bytes of address space that reading a file may take."""
@@ -45,10 +45,10 @@ async def ingest(staged: Path, header: dataset_pb2.UploadDatasetHeader, out_uri:
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        preexec_fn=_limit_memory,
         env=os.environ | ADDED,
     )
     try:
+        _limit_memory(process.pid)
         out, err = await asyncio.wait_for(process.communicate(json.dumps(request).encode()), TIME_LIMIT)
     except TimeoutError:
         raise InvalidArgument.of([Violation("file", f"reading it took longer than {TIME_LIMIT:.0f} s")]) from None
@@ -72,5 +72,7 @@ async def ingest(staged: Path, header: dataset_pb2.UploadDatasetHeader, out_uri:
     return parse(answer, dataset_pb2.DatasetVersion())
 
 
-def _limit_memory() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+def _limit_memory(pid: int) -> None:
+    """Bound the address space of a process, where the system can (Linux). It has not been given anything to read yet."""
+    if hasattr(psutil, "RLIMIT_AS"):
+        psutil.Process(pid).rlimit(psutil.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 from google.protobuf import json_format
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
-from luthier.v1 import admin_pb2, job_pb2, sweep_pb2
 
 from coordinator.jobs.states import EndReason, State
 from coordinator.store import tables
+from luthier.v1 import admin_pb2, job_pb2, sweep_pb2
 
 M = TypeVar("M", bound=Message)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from luthier.v1 import dataset_pb2, model_pb2
 from sqlalchemy import update
 from sqlmodel import Session, col, select
 
@@ -13,6 +12,7 @@ from common.names import VersionRef
 from coordinator.messages import document, parse, stamp
 from coordinator.store import tables
 from coordinator.store.tables import now
+from luthier.v1 import dataset_pb2, model_pb2
 
 
 def find_dataset(session: Session, project: str, ref: VersionRef) -> tables.DatasetVersion:

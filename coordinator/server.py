@@ -14,19 +14,6 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from luthier.agent.v1 import agent_pb2, agent_pb2_grpc
-from luthier.v1 import (
-    admin_pb2,
-    admin_pb2_grpc,
-    dataset_pb2,
-    dataset_pb2_grpc,
-    endpoint_pb2,
-    endpoint_pb2_grpc,
-    job_pb2,
-    job_pb2_grpc,
-    model_pb2,
-    model_pb2_grpc,
-)
 from sqlmodel import Session, select
 
 from common.errors import FailedPrecondition
@@ -48,6 +35,19 @@ from coordinator.services.uploads import Staging
 from coordinator.store import tables
 from coordinator.store.database import Store
 from coordinator.store.migrate import upgrade
+from luthier.agent.v1 import agent_pb2, agent_pb2_grpc
+from luthier.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    dataset_pb2,
+    dataset_pb2_grpc,
+    endpoint_pb2,
+    endpoint_pb2_grpc,
+    job_pb2,
+    job_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+)
 
 log = logging.getLogger(__name__)
 

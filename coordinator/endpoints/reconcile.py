@@ -8,7 +8,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from luthier.v1 import admin_pb2, endpoint_pb2
 from sqlmodel import Session, col, select
 
 from common.errors import Unavailable
@@ -33,6 +32,7 @@ from coordinator.notify import Notifier
 from coordinator.store import tables
 from coordinator.store.database import Store
 from coordinator.store.tables import now
+from luthier.v1 import admin_pb2, endpoint_pb2
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,6 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from luthier.v1 import job_pb2
 from sqlmodel import Session, select
 
 from common.errors import AlreadyExists
@@ -16,6 +15,7 @@ from coordinator.jobs.resolve import Resolved
 from coordinator.jobs.resources import demand
 from coordinator.jobs.states import State
 from coordinator.store import tables
+from luthier.v1 import job_pb2
 
 PREFIXES = {"finetune": "ft", "sweep": "sw", "evaluate": "ev", "import_model": "im"}
 """First letters of a job's id, so that a list of ids says what they are."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 
-from luthier.v1 import job_pb2
 from sqlmodel import Session, col, select
 
 from common.errors import LuthierError, Unavailable
@@ -27,6 +26,7 @@ from coordinator.scheduling.plan import Decision, Waiting, plan
 from coordinator.store import tables
 from coordinator.store.database import Store
 from coordinator.store.tables import Job, JobRun, now
+from luthier.v1 import job_pb2
 
 log = logging.getLogger(__name__)
 

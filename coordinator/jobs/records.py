@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from luthier.v1 import job_pb2
 from sqlalchemy import CursorResult, update
 from sqlmodel import Session, col
 
 from coordinator.jobs.states import SOURCES, TERMINAL, EndReason, State
 from coordinator.store.tables import Job, JobEvent, JobRun, now
+from luthier.v1 import job_pb2
 
 MAX_MESSAGE = 2000
 """Characters of an event's message that are kept."""

@@ -7,8 +7,6 @@ from datetime import UTC
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
-from luthier.agent.v1 import agent_pb2
-from luthier.v1 import job_pb2, model_pb2
 from sqlalchemy import update
 from sqlmodel import Session, col
 
@@ -20,6 +18,8 @@ from coordinator.jobs.states import ACTIVE, TERMINAL, EndReason, State
 from coordinator.jobs.tokens import claim_token, sha256
 from coordinator.store import tables
 from coordinator.store.tables import now
+from luthier.agent.v1 import agent_pb2
+from luthier.v1 import job_pb2, model_pb2
 
 MAX_LOG_LINE = 8000
 """Characters of a log line that are kept."""

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from google.protobuf.message import Message
-from luthier.agent.v1 import agent_pb2
-from luthier.v1 import dataset_pb2, job_pb2, model_pb2
 
 from common.errors import FailedPrecondition, InvalidArgument, LuthierError, NotFound, PermissionDenied, Unavailable, Violation
 from common.model_files import check_model_folder
@@ -18,6 +16,8 @@ from coordinator.messages import parse
 from coordinator.registry import find_dataset, find_model
 from coordinator.store import tables
 from coordinator.store.database import Store
+from luthier.agent.v1 import agent_pb2
+from luthier.v1 import dataset_pb2, job_pb2, model_pb2
 
 BUILTINS = ("builtin:tiny",)
 HUB_SECONDS = 10.0

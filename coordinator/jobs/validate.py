@@ -7,10 +7,10 @@ import re
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
-from luthier.v1 import evaluation_pb2, job_pb2, sweep_pb2, training_pb2
 
 from common.errors import InvalidArgument, Violation
 from common.names import ID, ID_RULE
+from luthier.v1 import evaluation_pb2, job_pb2, sweep_pb2, training_pb2
 
 KINDS = ("finetune", "sweep", "evaluate", "import_model")
 METHOD = re.compile(r"[a-z][a-z0-9_-]{0,62}")

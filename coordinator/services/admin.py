@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from datetime import UTC
 from importlib.metadata import version
 
-from luthier.v1 import admin_pb2, admin_pb2_grpc
 from sqlalchemy import func, tuple_
 from sqlmodel import Session, col, select
 
@@ -23,6 +22,7 @@ from coordinator.services.principal import Context, principal
 from coordinator.store import tables
 from coordinator.store.database import Store
 from coordinator.store.tables import now
+from luthier.v1 import admin_pb2, admin_pb2_grpc
 
 
 class AdminService(admin_pb2_grpc.AdminServiceServicer):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from google.protobuf.json_format import ParseDict
-from luthier.agent.v1 import agent_pb2, agent_pb2_grpc
 
 from coordinator import messages
 from coordinator.jobs import report
@@ -11,6 +10,7 @@ from coordinator.jobs.states import TERMINAL, EndReason, State
 from coordinator.notify import Notifier
 from coordinator.services.principal import Context
 from coordinator.store.database import Store
+from luthier.agent.v1 import agent_pb2, agent_pb2_grpc
 
 REPORT_INTERVAL = 0.5
 """Seconds between the reports of a process."""

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Sequence
 
-from luthier.v1 import dataset_pb2, dataset_pb2_grpc
 from sqlmodel import Session, col, select
 
 from common import storage
@@ -19,6 +18,7 @@ from coordinator.services.principal import Context, principal
 from coordinator.services.uploads import Sink, Staging
 from coordinator.store import tables
 from coordinator.store.database import Store
+from luthier.v1 import dataset_pb2, dataset_pb2_grpc
 
 
 class DatasetService(dataset_pb2_grpc.DatasetServiceServicer):

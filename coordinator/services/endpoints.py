@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 from google.protobuf.message import Message
-from luthier.v1 import endpoint_pb2, endpoint_pb2_grpc
 from sqlmodel import Session, col, select
 
 from common.errors import FailedPrecondition, InvalidArgument, NotFound, Violation
@@ -22,6 +21,7 @@ from coordinator.services.principal import Context, Principal, principal
 from coordinator.store import tables
 from coordinator.store.database import Store
 from coordinator.store.tables import now
+from luthier.v1 import endpoint_pb2, endpoint_pb2_grpc
 
 MAX_REPLICAS = 1000
 DEPLOYING = endpoint_pb2.EndpointState.Name(endpoint_pb2.ENDPOINT_STATE_DEPLOYING)

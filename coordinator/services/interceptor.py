@@ -11,7 +11,6 @@ import grpc
 from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
-from luthier.v1 import admin_pb2
 from sqlmodel import Session, select
 
 from common.errors import Internal, LuthierError, PermissionDenied, Unauthenticated
@@ -20,6 +19,7 @@ from coordinator.services.principal import NEEDS, OPEN, VIEWER, Context, Princip
 from coordinator.store import tables
 from coordinator.store.database import Store
 from coordinator.store.tables import now
+from luthier.v1 import admin_pb2
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
 from functools import partial
 
-from luthier.v1 import job_pb2, job_pb2_grpc
 from sqlalchemy import tuple_
 from sqlmodel import Session, col, select
 
@@ -24,6 +23,7 @@ from coordinator.services import paging
 from coordinator.services.principal import ADMIN, Context, Principal, principal
 from coordinator.store import tables
 from coordinator.store.database import Store
+from luthier.v1 import job_pb2, job_pb2_grpc
 
 BOOKMARK_SECONDS = 10.0
 """Silence after which a watch sends a bookmark."""

@@ -8,7 +8,6 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-from luthier.v1 import model_pb2, model_pb2_grpc
 from sqlmodel import Session, col, select
 
 from common import manifest, storage
@@ -22,6 +21,7 @@ from coordinator.services.principal import Context, principal
 from coordinator.services.uploads import Sink, Staging
 from coordinator.store import tables
 from coordinator.store.database import Store
+from luthier.v1 import model_pb2, model_pb2_grpc
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):

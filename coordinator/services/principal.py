@@ -6,10 +6,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from luthier.v1 import admin_pb2
-
 from common.errors import NotFound, Unauthenticated
 from common.names import parse
+from luthier.v1 import admin_pb2
 
 if TYPE_CHECKING:
     from grpc.aio import ServicerContext

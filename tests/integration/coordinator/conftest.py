@@ -1,0 +1,48 @@
+"""One coordinator without Ray for the tests that only talk to it, and fresh ones for those that hurt it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from luthier.client import Client
+from tests.support.coordinator_process import CoordinatorProcess, free_port
+
+
+@pytest.fixture(scope="module")
+def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CoordinatorProcess]:
+    # An address at which no Ray answers: whatever needs none has to work all the same.
+    dead = f"http://127.0.0.1:{free_port()}"
+    process = CoordinatorProcess(tmp_path_factory.mktemp("home"), ray_address=dead).start()
+    yield process
+    process.kill()
+
+
+@pytest.fixture(scope="module")
+def client(coordinator: CoordinatorProcess) -> Iterator[Client]:
+    with coordinator.client() as client:
+        yield client
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Iterator[Callable[..., CoordinatorProcess]]:
+    made: list[CoordinatorProcess] = []
+
+    def make(home: Path | None = None, **settings: str) -> CoordinatorProcess:
+        made.append(CoordinatorProcess(home or tmp_path / f"home{len(made)}", **settings))
+        return made[-1]
+
+    yield make
+    for process in made:
+        process.kill()
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """A small data set of texts and labels."""
+    path = tmp_path / "rows.csv"
+    lines = [f"text number {number} of {'ab'[number % 2]},{'ab'[number % 2]}" for number in range(40)]
+    path.write_text("text,label\n" + "\n".join(lines) + "\n")
+    return path
