@@ -1,0 +1,117 @@
+"""What happens at step boundaries: progress and figures, the engine's proof, checkpoints, and the wish to stop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from agents.training.checkpoints import CheckpointPublisher
+from agents.training.context import TrainContext
+from agents.training.engine_check import engine_report
+from common.errors import FailedPrecondition
+from luthier.v1 import job_pb2, training_pb2
+
+# Names in the trainer's log, and under which they are recorded.
+_RECORDED = {
+    "loss": "loss",
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+    "mean_token_accuracy": "token_accuracy",
+    "entropy": "entropy",
+}
+
+
+class RunCallback(TrainerCallback):
+    """Reports a run and steers it. One instance a rank; set `trainer` before training starts."""
+
+    def __init__(self, context: TrainContext) -> None:
+        self._context = context
+        self._held_out: Callable[[], dict[str, float]] | None = None
+        self._checkpoints = CheckpointPublisher(context)
+        self._start = self._last = time.monotonic()
+        self._start_step = self._last_tokens = self._last_step = 0
+        self._trial_step = 0
+        self.trainer: Any = None
+        self.engine: training_pb2.EngineReport | None = None
+        self.stopped = False
+        self.tokens = 0
+        self.losses: list[float] = []
+
+    def hold_out(self, measure: Callable[[], dict[str, float]]) -> None:
+        """For sweeps: measure the held-out loss with `measure` whenever a trial reports."""
+        self._held_out = measure
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clocks."""
+        self._start = self._last = time.monotonic()
+        self._start_step = self._last_step = state.global_step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """After every optimiser step, on every rank."""
+        context = self._context
+        if self.engine is None:
+            model = self.trainer.model
+            self.engine = engine_report(self.trainer.model_wrapped, model, context.config.zero_stage, context.rank, context.node)
+            if context.is_main:
+                context.reporter.engine(self.engine)
+            # The first step pays for compiling and warming up; the rate is measured from here.
+            self._start, self._start_step = time.monotonic(), state.global_step
+        if context.should_stop():
+            self.stopped = control.should_training_stop = True
+            control.should_save = False
+        reports = context.trial_reports
+        if reports is not None and (state.global_step % reports.every_steps == 0 or state.global_step == state.max_steps):
+            control.should_log = True
+            self._trial_step = state.global_step
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Figures of the steps since the last log; `loss` is their mean over all ranks."""
+        if not logs or "loss" not in logs:
+            return
+        loss = float(logs["loss"])
+        if not math.isfinite(loss):
+            raise FailedPrecondition(
+                f"the training loss is {loss} at step {state.global_step}; lower the learning rate or max_grad_norm",
+                "LOSS_NOT_FINITE",
+            )
+        self.losses.append(loss)
+        self.tokens = int(logs.get("num_tokens", 0))
+        if self._context.is_main:
+            self._report(args, state, logs, loss)
+        if self._trial_step == state.global_step and self._context.trial_reports is not None:
+            self._trial_step = 0
+            held_out = self._held_out() if self._held_out is not None else {}
+            self._context.trial_reports.report({"step": float(state.global_step), "loss": loss, **held_out})
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The ranks have written a checkpoint into this node's folder: publish it."""
+        self._checkpoints.publish(Path(args.output_dir or "") / f"checkpoint-{state.global_step}", state.global_step)
+
+    def _report(self, args: TrainingArguments, state: TrainerState, logs: dict[str, Any], loss: float) -> None:
+        now = time.monotonic()
+        rate = (self.tokens - self._last_tokens) / max(now - self._last, 1e-9)
+        self._last, self._last_tokens = now, self.tokens
+        done = state.global_step - self._start_step
+        pace = (now - self._start) / done if done > 0 else 0.0
+        progress = job_pb2.Progress(
+            step=state.global_step,
+            total_steps=max(state.max_steps, 0),
+            loss=loss,
+            tokens_per_second=rate,
+            phase="training",
+            learning_rate=float(logs.get("learning_rate", 0.0)),
+            epoch=float(logs.get("epoch", 0.0)),
+        )
+        if pace:
+            progress.remaining.FromMilliseconds(int(1000 * pace * max(state.max_steps - state.global_step, 0)))
+        self._context.reporter.progress(progress)
+        figures = {name: float(logs[key]) for key, name in _RECORDED.items() if key in logs and math.isfinite(float(logs[key]))}
+        figures |= {"tokens_per_second": rate, "epoch": progress.epoch}
+        self._context.reporter.metrics(state.global_step, figures, self._context.trial)

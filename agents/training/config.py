@@ -1,0 +1,173 @@
+"""The settings of one fine-tune: a FinetuneSpec with every default filled in and every number checked. No torch here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from common.errors import InvalidArgument, Violation
+from luthier.v1 import training_pb2
+
+SCHEDULERS = ("linear", "cosine", "constant")
+TINY = "builtin:tiny"
+PrecisionName = Literal["auto", "fp32", "bf16"]
+_PRECISIONS: dict[int, PrecisionName] = {
+    training_pb2.PRECISION_UNSPECIFIED: "auto",
+    training_pb2.PRECISION_FP32: "fp32",
+    training_pb2.PRECISION_BF16: "bf16",
+}
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Shape of a low-rank adapter. No target modules: every linear layer but the head."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides how a fine-tune runs. Build it with `TrainConfig.of(spec)`, which checks it."""
+
+    method: str
+    learning_rate: float
+    epochs: float = 3.0
+    max_steps: int = -1
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    max_length: int = 512
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    scheduler: str = "linear"
+    seed: int = 42
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    zero_stage: int = 2
+    workers: int = 1
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float | None = None
+    checkpoint_every: int = 0
+    checkpoint_keep: int = 2
+    loss_on_all: bool = False
+    precision: PrecisionName = "auto"
+
+    @classmethod
+    def of(cls, spec: training_pb2.FinetuneSpec) -> TrainConfig:
+        """Fill in the defaults of a spec and check it. Raises InvalidArgument with the paths of the fields to blame."""
+        hyper, lora, resources = spec.hyperparameters, spec.lora, spec.worker_resources
+        method = spec.method or "full"
+        check_enums(spec)
+        rank = _given(lora, "rank", 16)
+        config = cls(
+            method=method,
+            learning_rate=_given(hyper, "learning_rate", default_learning_rate(spec.base, method)),
+            epochs=_given(hyper, "epochs", 3.0),
+            max_steps=_given(hyper, "max_steps", -1),
+            batch_size=_given(hyper, "batch_size", 8),
+            gradient_accumulation=_given(hyper, "gradient_accumulation", 1),
+            max_length=_given(hyper, "max_length", 512),
+            warmup_ratio=_given(hyper, "warmup_ratio", 0.03),
+            weight_decay=_given(hyper, "weight_decay", 0.0),
+            max_grad_norm=_given(hyper, "max_grad_norm", 1.0),
+            scheduler=_given(hyper, "scheduler", "linear"),
+            seed=_given(hyper, "seed", 42),
+            lora=LoraSettings(rank, _given(lora, "alpha", 2.0 * rank), _given(lora, "dropout", 0.0), tuple(lora.target_modules)),
+            zero_stage=_given(spec.sharding, "zero_stage", 2),
+            workers=spec.workers or 1,
+            cpus_per_worker=_given(resources, "cpus", 1.0),
+            gpus_per_worker=_given(resources, "gpus", None),
+            checkpoint_every=spec.checkpoints.every_steps,
+            checkpoint_keep=_given(spec.checkpoints, "keep", 2),
+            loss_on_all=spec.loss_on == training_pb2.LOSS_ON_ALL,
+            precision=_PRECISIONS[spec.precision],
+        )
+        if violations := config.violations(given=hyper):
+            raise InvalidArgument.of(violations)
+        return config
+
+    def violations(self, given: training_pb2.Hyperparameters | None = None) -> list[Violation]:
+        """Everything that is wrong with the numbers, by field of the FinetuneSpec."""
+        hyper, has = "hyperparameters", given.HasField if given is not None else (lambda _: False)
+        checks: list[tuple[bool, str, str]] = [
+            (_positive(self.learning_rate), f"{hyper}.learning_rate", "has to be a number above 0"),
+            (_positive(self.epochs), f"{hyper}.epochs", "has to be a number above 0"),
+            (self.max_steps > 0 or not has("max_steps"), f"{hyper}.max_steps", "has to be at least 1"),
+            (self.batch_size > 0, f"{hyper}.batch_size", "has to be at least 1"),
+            (self.gradient_accumulation > 0, f"{hyper}.gradient_accumulation", "has to be at least 1"),
+            (self.max_length >= 2, f"{hyper}.max_length", "has to be at least 2"),
+            (0 <= self.warmup_ratio <= 1, f"{hyper}.warmup_ratio", "has to be between 0 and 1"),
+            (self.weight_decay >= 0 and math.isfinite(self.weight_decay), f"{hyper}.weight_decay", "has to be 0 or more"),
+            (_positive(self.max_grad_norm), f"{hyper}.max_grad_norm", "has to be a number above 0"),
+            (self.scheduler in SCHEDULERS, f"{hyper}.scheduler", f"has to be one of {', '.join(SCHEDULERS)}"),
+            (0 <= self.seed < 2**32, f"{hyper}.seed", "has to be between 0 and 4294967295"),
+            (1 <= self.lora.rank <= 1024, "lora.rank", "has to be between 1 and 1024"),
+            (_positive(self.lora.alpha), "lora.alpha", "has to be a number above 0"),
+            (0 <= self.lora.dropout < 1, "lora.dropout", "has to be 0 or more and below 1"),
+            (self.zero_stage in (0, 1, 2, 3), "sharding.zero_stage", "has to be 0, 1, 2 or 3"),
+            (1 <= self.workers <= 4096, "workers", "has to be between 1 and 4096"),
+            (_positive(self.cpus_per_worker), "worker_resources.cpus", "has to be a number above 0"),
+            (_whole(self.gpus_per_worker), "worker_resources.gpus", "has to be a whole number, 0 or more"),
+            (self.checkpoint_every >= 0, "checkpoints.every_steps", "has to be 0 or more"),
+            (self.checkpoint_keep >= 1, "checkpoints.keep", "has to be at least 1"),
+        ]
+        return [Violation(path, text) for good, path, text in checks if not good]
+
+    def parameters(self) -> dict[str, str]:
+        """The hyperparameters that were used, by their paths in a FinetuneSpec, for the lineage of the model."""
+        hyper = {
+            "learning_rate": self.learning_rate,
+            "batch_size": self.batch_size,
+            "gradient_accumulation": self.gradient_accumulation,
+            "max_length": self.max_length,
+            "warmup_ratio": self.warmup_ratio,
+            "weight_decay": self.weight_decay,
+            "max_grad_norm": self.max_grad_norm,
+            "scheduler": self.scheduler,
+            "seed": self.seed,
+        }
+        hyper |= {"max_steps": self.max_steps} if self.max_steps > 0 else {"epochs": self.epochs}
+        used: dict[str, Any] = {f"hyperparameters.{name}": value for name, value in hyper.items()}
+        used |= {"sharding.zero_stage": self.zero_stage, "workers": self.workers}
+        used["loss_on"] = "LOSS_ON_ALL" if self.loss_on_all else "LOSS_ON_COMPLETION"
+        if self.method == "lora":
+            used |= {"lora.rank": self.lora.rank, "lora.alpha": self.lora.alpha, "lora.dropout": self.lora.dropout}
+            used["lora.target_modules"] = ",".join(self.lora.target_modules) or "all-linear"
+        return {path: f"{value:g}" if isinstance(value, float) else str(value) for path, value in used.items()}
+
+
+def default_learning_rate(base: str, method: str) -> float:
+    """The peak learning rate where none is given."""
+    if base == TINY:
+        return 1e-3
+    return 2e-4 if method == "lora" else 5e-5
+
+
+def check_enums(spec: training_pb2.FinetuneSpec) -> None:
+    """Raise InvalidArgument for enum numbers that this version does not know."""
+    unknown = [
+        Violation(name, f"{getattr(spec, name)} is not a known value; use one of {', '.join(kind.keys()[1:])}")
+        for name, kind in _ENUMS.items()
+        if getattr(spec, name) not in kind.values()
+    ]
+    if unknown:
+        raise InvalidArgument.of(unknown)
+
+
+_ENUMS: Mapping[str, Any] = {"precision": training_pb2.Precision, "loss_on": training_pb2.LossOn}
+
+
+def _given(message: Any, name: str, default: Any) -> Any:
+    return getattr(message, name) if message.HasField(name) else default
+
+
+def _positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+def _whole(value: float | None) -> bool:
+    return value is None or (math.isfinite(value) and value >= 0 and value == int(value))

@@ -1,0 +1,87 @@
+"""What a method is given, and what it gives back. No torch at import, so that the driver can read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from agents.training.config import TrainConfig
+from luthier.v1 import job_pb2, training_pb2
+
+
+class Reporter(Protocol):
+    """Where a method reports to; `agents.link.Link` is one."""
+
+    def phase(self, phase: str, message: str = "") -> None:
+        """A new phase begins."""
+
+    def progress(self, progress: job_pb2.Progress) -> None:
+        """How far the run is."""
+
+    def metrics(self, step: int, values: Mapping[str, float], trial: str = "") -> None:
+        """Figures of one step."""
+
+    def checkpoint(self, checkpoint: job_pb2.Checkpoint) -> None:
+        """A checkpoint lies in storage."""
+
+    def engine(self, report: training_pb2.EngineReport) -> None:
+        """What really runs."""
+
+
+@dataclass(frozen=True)
+class TrialReports:
+    """For sweeps: measure the held-out loss every so many steps, and hand the figures to `report`."""
+
+    report: Callable[[dict[str, float]], None]
+    every_steps: int
+    split: str = "test"
+    max_rows: int = 0
+
+
+@dataclass(frozen=True)
+class TrainContext:
+    """One rank's view of a fine-tune: settings, local folders, and whom to tell."""
+
+    config: TrainConfig
+    base_dir: Path
+    base_name: str
+    data_dir: Path
+    output_dir: Path
+    rank: int
+    world_size: int
+    reporter: Reporter
+    use_gpu: bool = False
+    run: int = 1
+    run_uri: str = ""
+    trial: str = ""
+    node: str = ""
+    trial_reports: TrialReports | None = None
+    # Read on rank 0 only; the ranks agree on it at step boundaries.
+    wishes_stop: Callable[[], bool] = field(default=lambda: False)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def should_stop(self) -> bool:
+        """Whether the run is asked to stop, the same answer on every rank. All ranks have to call it at the same step."""
+        if self.world_size == 1:
+            return self.wishes_stop()
+        from agents.training.distributed import agree
+
+        return agree(self.wishes_stop() if self.is_main else False, self.use_gpu)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What a method leaves behind: on rank 0 a folder with the model, everywhere the figures."""
+
+    kind: str
+    local_dir: Path
+    steps: int
+    metrics: dict[str, float]
+    engine: training_pb2.EngineReport
+    stopped: bool = False

@@ -1,0 +1,137 @@
+"""Rows to token ids and labels, with the loss on what the model is to say and nothing else.
+
+The chat is rendered by the model's own template and tokenised whole; what is learned begins where its tokens part from those of
+the prompt alone, which is what the model is given when it is used. Scoring an answer does the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from common.chat import messages_of
+from common.errors import InvalidArgument, Violation
+from common.rows import Row
+
+IGNORED = -100
+NAMED_ROWS = 20
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that is used here."""
+
+    bos_token: str | None
+    eos_token: str | None
+    chat_template: str | None
+
+    def apply_chat_template(self, conversation: Sequence[Mapping[str, str]], **kwargs: Any) -> Any:
+        """Render a chat."""
+
+    def __call__(self, text: str, **kwargs: Any) -> Any:
+        """Tokenise."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised row. A label is the token's id where it is learned and -100 elsewhere."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def targets(self) -> int:
+        """Number of tokens that are learned; the first token has nothing before it to be predicted from."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+def tokenise(tokenizer: Tokenizer, row: Row, max_length: int, *, loss_on_all: bool = False) -> Example:
+    """Tokenise one row, cut at the end to `max_length` tokens."""
+    input_ids, answers = _with_template(tokenizer, row) if tokenizer.chat_template else _without_template(tokenizer, row)
+    labels = list(input_ids) if loss_on_all else [IGNORED] * len(input_ids)
+    for start, end in answers:
+        labels[start:end] = input_ids[start:end]
+    return Example(input_ids[:max_length], labels[:max_length])
+
+
+def _with_template(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[tuple[int, int]]]:
+    """The tokens of the rendered chat, and from where to where the assistant speaks, ends of turn included.
+
+    Earlier assistant turns count where the template renders a chat as a continuation of its beginning; where it does not (some
+    templates drop earlier reasoning), only the last one does.
+    """
+    messages = messages_of(row)
+
+    def render(count: int, answer_follows: bool) -> str:
+        return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=answer_follows))
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    whole = render(len(messages), False)
+    ids = encode(whole)
+    answers: list[tuple[int, int]] = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        last = index + 1 == len(messages)
+        prompt, turn = render(index, True) if index else "", whole if last else render(index + 1, False)
+        if whole.startswith(turn) and turn.startswith(prompt):
+            answers.append((_common(encode(prompt), ids), len(ids) if last else _common(encode(turn), ids)))
+        elif last:
+            raise InvalidArgument(
+                "the base model's chat template does not render an answer as a continuation of its prompt, so what is to be "
+                "learned cannot be told apart; use a template whose add_generation_prompt opens the very turn that it renders",
+                "BAD_CHAT_TEMPLATE",
+            )
+    return ids, answers
+
+
+def _without_template(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[tuple[int, int]]]:
+    """For a base without a chat template: the prompt as it stands, then the answer closed by the end-of-text token."""
+    messages = messages_of(row)
+    prompt, completion = "".join(message["content"] for message in messages[:-1]), messages[-1]["content"]
+    eos = tokenizer.eos_token or ""
+    starts_itself = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token or "")
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=not starts_itself)["input_ids"])
+
+    ids = encode(prompt + completion + ("" if eos and completion.endswith(eos) else eos))
+    return ids, [(_common(encode(prompt), ids), len(ids))]
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens both begin with. Tokens may merge across a border, so lengths alone do not tell."""
+    return next((index for index, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+def tokenise_split(
+    tokenizer: Tokenizer, rows: Iterable[Row], split: str, max_length: int, *, loss_on_all: bool = False
+) -> list[Example]:
+    """Tokenise a split. Raises InvalidArgument (BAD_DATA) where it is empty or rows have nothing to learn, naming their lines."""
+    examples: list[Example] = []
+    empty: list[Row] = []
+    for row in rows:
+        example = tokenise(tokenizer, row, max_length, loss_on_all=loss_on_all)
+        if not example.targets:
+            empty.append(row)
+        examples.append(example)
+    if not examples:
+        raise InvalidArgument(
+            f"the split {split!r} holds no rows, so there is nothing to learn from",
+            "BAD_DATA",
+            [Violation(split, "holds no rows")],
+        )
+    if empty:
+        named = ", ".join(str(row.line) for row in empty[:NAMED_ROWS]) + (", ..." if len(empty) > NAMED_ROWS else "")
+        raise InvalidArgument(
+            f"{len(empty)} of {len(examples)} rows of the split {split!r} have nothing left to learn within "
+            f"max_length={max_length} tokens (line {named}); raise hyperparameters.max_length or shorten their prompts",
+            "BAD_DATA",
+            [
+                Violation(f"{split} line {row.line}", f"nothing of the answer is left within {max_length} tokens")
+                for row in empty[:NAMED_ROWS]
+            ],
+        )
+    return examples

@@ -1,0 +1,210 @@
+"""Supervised fine-tuning: TRL's trainer on a DeepSpeed engine, fed with examples that are masked and checked already."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from typing import Any
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import PeftConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils.logging import disable_progress_bar
+from trl import SFTConfig, SFTTrainer
+from trl.trainer import utils as trl_utils
+
+from agents.training.callbacks import RunCallback
+from agents.training.config import TrainConfig
+from agents.training.context import TrainContext, TrainedModel
+from agents.training.data import Example, tokenise_split
+from agents.training.deepspeed_config import deepspeed_config
+from agents.training.distributed import sums
+from agents.training.environment import limit_threads, skip_kernel_build
+from agents.training.saving import save_model
+from common.errors import InvalidArgument, Violation
+from common.rows import read_split
+
+logger = logging.getLogger(__name__)
+
+LOGGED_POINTS = 1000
+_SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+class _Trainer(SFTTrainer):
+    """TRL's trainer without the model card, which would name local paths."""
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Write none."""
+
+    def _send_telemetry(self) -> None:
+        """Send none."""
+
+
+def run_sft(context: TrainContext, model_kind: str, peft_config: PeftConfig | None = None) -> TrainedModel:
+    """Fine-tune on this rank and leave the model in the context's output folder. Every rank has to call it."""
+    config = context.config
+    limit_threads(config.cpus_per_worker)
+    skip_kernel_build()
+    disable_progress_bar()
+    disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(context.base_dir, trust_remote_code=False, local_files_only=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    examples = _examples(context, tokenizer, "train", 0)
+    # The arguments come before the model: they hold the DeepSpeed config, which ZeRO-3 needs alive while weights are loaded.
+    args = _arguments(context, len(examples))
+    model = AutoModelForCausalLM.from_pretrained(
+        context.base_dir, dtype=_dtype(context), use_safetensors=True, trust_remote_code=False, local_files_only=True
+    )
+    _score_targets_only()
+    callback = RunCallback(context)
+    trainer = _Trainer(
+        model=model,
+        args=args,
+        train_dataset=_dataset(examples),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        callbacks=[callback],
+    )
+    callback.trainer = trainer
+    trainer.remove_callback(PrinterCallback)
+    if context.trial_reports is not None:
+        held_out = _dataset(_examples(context, tokenizer, context.trial_reports.split, context.trial_reports.max_rows))
+        callback.hold_out(lambda: held_out_loss(trainer, held_out, context.use_gpu))
+    context.reporter.phase("training", f"training {config.method} on {len(examples)} rows with {context.world_size} workers")
+    started = time.monotonic()
+    trainer.train()
+    seconds = time.monotonic() - started
+    if callback.engine is None:
+        raise InvalidArgument.of(
+            [Violation("hyperparameters.epochs", "comes to no optimiser step at all; raise it or set max_steps")]
+        )
+    folder = context.output_dir / "model"
+    if not callback.stopped:
+        context.reporter.phase("saving", "writing the trained model")
+        save_model(trainer, tokenizer, folder, context.base_name, context.is_main)
+    metrics = {
+        "train_loss": _tail_mean(callback.losses),
+        "train_steps": float(trainer.state.global_step),
+        "train_tokens": float(callback.tokens),
+        "train_seconds": seconds,
+        "train_tokens_per_second": callback.tokens / max(seconds, 1e-9),
+    }
+    return TrainedModel(model_kind, folder, trainer.state.global_step, metrics, callback.engine, callback.stopped)
+
+
+def held_out_loss(trainer: Any, dataset: Dataset, use_gpu: bool) -> dict[str, float]:
+    """Mean loss per target token over all rows. Collective, in the middle of training."""
+    model = trainer.model_wrapped
+    model.eval()
+    loss = tokens = 0.0
+    with torch.no_grad():
+        for batch in trainer.get_eval_dataloader(dataset):
+            inputs = trainer._prepare_inputs(batch)
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+            loss -= float(outputs.log_probs.double().sum())
+            tokens += float(outputs.label_mask.sum())
+    model.train()
+    loss, tokens = sums([loss, tokens], use_gpu)
+    mean = loss / max(tokens, 1.0)
+    return {"eval_loss": mean, "perplexity": math.exp(min(mean, 700.0))}
+
+
+def _examples(context: TrainContext, tokenizer: Any, split: str, max_rows: int) -> list[Example]:
+    path = context.data_dir / f"{split}.parquet"
+    if not path.exists():
+        there = ", ".join(sorted(file.stem for file in context.data_dir.glob("*.parquet"))) or "none"
+        raise InvalidArgument(
+            f"the data set has no split {split!r}; it has {there}", "BAD_DATA", [Violation(split, "does not exist")]
+        )
+    rows = read_split(path)[: max_rows or None]
+    return tokenise_split(tokenizer, rows, split, _longest(context), loss_on_all=context.config.loss_on_all)
+
+
+def _dataset(examples: list[Example]) -> Dataset:
+    return Dataset.from_dict(
+        {"input_ids": [example.input_ids for example in examples], "labels": [example.labels for example in examples]}
+    )
+
+
+def _arguments(context: TrainContext, rows: int) -> SFTConfig:
+    config = context.config
+    return SFTConfig(
+        output_dir=str(context.output_dir / "checkpoints"),
+        deepspeed=deepspeed_config(config.zero_stage),
+        # Without use_cpu accelerate miscounts the processes on a machine without GPUs.
+        use_cpu=not context.use_gpu,
+        ddp_backend="nccl" if context.use_gpu else "gloo",
+        bf16=_dtype(context) is torch.bfloat16,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=_SCHEDULERS[config.scheduler],
+        warmup_steps=_warmup_steps(config, rows, context.world_size),
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        data_seed=config.seed,
+        max_length=None,
+        packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        gradient_checkpointing=False,
+        logging_strategy="steps",
+        logging_first_step=True,
+        logging_steps=max(1, total_steps(config, rows, context.world_size) // LOGGED_POINTS),
+        # A filter would replace a loss that is not a number by the mean of the others, and hide it.
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if config.checkpoint_every and context.run_uri else "no",
+        save_steps=config.checkpoint_every or 500,
+        eval_strategy="no",
+        dataloader_pin_memory=context.use_gpu,
+        disable_tqdm=True,
+        report_to=[],
+        log_level="error",
+    )
+
+
+def total_steps(config: TrainConfig, rows: int, world_size: int) -> int:
+    """Optimiser steps that a run comes to."""
+    if config.max_steps > 0:
+        return config.max_steps
+    micro = math.ceil(rows / (config.batch_size * world_size))
+    return max(1, math.ceil(config.epochs * max(1, math.ceil(micro / config.gradient_accumulation))))
+
+
+def _warmup_steps(config: TrainConfig, rows: int, world_size: int) -> int:
+    return math.ceil(config.warmup_ratio * total_steps(config, rows, world_size))
+
+
+def _dtype(context: TrainContext) -> torch.dtype:
+    precision = context.config.precision
+    if precision == "auto":
+        precision = "bf16" if context.use_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _longest(context: TrainContext) -> int:
+    """Tokens a row may have: what was asked for, and no more than the base model takes."""
+    base = AutoConfig.from_pretrained(context.base_dir, trust_remote_code=False, local_files_only=True).get_text_config()
+    limit = getattr(base, "max_position_embeddings", None)
+    asked = context.config.max_length
+    if isinstance(limit, int) and asked > limit and context.is_main:
+        logger.warning("the base model takes at most %d tokens, so rows are cut there instead of at max_length=%d", limit, asked)
+    return min(asked, limit) if isinstance(limit, int) else asked
+
+
+def _score_targets_only() -> None:
+    """Project only the learned positions to the vocabulary on CPUs too, where TRL scores every position."""
+    if hasattr(trl_utils, "_use_triton"):
+        trl_utils._use_triton = lambda _: True
+
+
+def _tail_mean(losses: list[float]) -> float:
+    tail = losses[-max(1, len(losses) // 10) :]
+    return sum(tail) / len(tail)

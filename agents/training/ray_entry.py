@@ -1,0 +1,126 @@
+"""The ranks of a fine-tune inside Ray Train; the only file of training, with `job.py`, that knows Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import ray.train
+from ray.exceptions import OutOfMemoryError, RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from agents.failures import OUT_OF_MEMORY, RunCancelled, RunFailed, is_out_of_memory, is_peer_loss, job_error_of
+from agents.training import environment
+from agents.training.config import TrainConfig
+from agents.training.worker import TRAINING_ERROR, TrainPayload, TrainResult, train_worker
+from common import storage
+from common.errors import Internal
+from luthier.v1 import job_pb2
+
+logger = logging.getLogger(__name__)
+
+COLLECTIVE_TIMEOUT_SECONDS = 1800
+PLACEMENT_TIMEOUT_SECONDS = 86_400
+# Read by Ray Train's controller, which takes them from the driver's environment.
+_CONTROLLER = {
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(PLACEMENT_TIMEOUT_SECONDS),
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+}
+LOST = "WORKER_LOST"
+
+
+def resources(config: TrainConfig) -> tuple[dict[str, float], bool]:
+    """What each worker holds, and whether it trains on a GPU. A cluster with GPUs gives one a worker unless told otherwise."""
+    gpus = config.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) > 0 else 0.0
+    held = {"CPU": config.cpus_per_worker}
+    return (held | {"GPU": gpus}, True) if gpus else (held, False)
+
+
+def run_training(payload: TrainPayload, *, callbacks: Sequence[Any] = ()) -> TrainResult:
+    """Train with Ray Train and return rank 0's result. Blocks; also works inside a trial of Ray Tune.
+
+    In a sweep, `payload.trial_every` makes the ranks report their held-out loss through `ray.train.report`, and `callbacks`
+    (Tune's report callback) carry it on. Raises RunFailed with the root cause where a rank failed.
+    """
+    config = payload.config
+    held, use_gpu = resources(config)
+    os.environ.update(_CONTROLLER)
+    trainer = TorchTrainer(
+        _rank,
+        train_loop_config={"payload": payload},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
+        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=use_gpu, resources_per_worker=held),
+        run_config=RunConfig(
+            name=payload.trial or "train",
+            storage_path=storage.join(payload.run_uri, "ray"),
+            failure_config=FailureConfig(max_failures=0),
+            callbacks=list(callbacks),
+            worker_runtime_env={"env_vars": {"DS_ACCELERATOR": "cpu"}} if not use_gpu else {},
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise RunFailed.of(root_cause(error, payload)) from None
+    value = result.return_value
+    if not isinstance(value, TrainResult):
+        raise Internal("the training ended without a result of rank 0", "NO_RESULT")
+    return value
+
+
+def root_cause(error: BaseException, payload: TrainPayload) -> job_pb2.JobError:
+    """The failure that came first: what a rank raised by itself, before what others raised because that rank was gone."""
+    failures = getattr(error, "worker_failures", None) or {}
+    causes = [_cause(failure, payload.source(rank)) for rank, failure in sorted(failures.items())]
+    if not causes:
+        return _cause(getattr(error, "controller_failure", error), f"{payload.trial}/driver" if payload.trial else "driver")
+    return min(causes, key=lambda cause: (is_peer_loss(cause), cause.code == LOST))
+
+
+def _cause(error: BaseException, source: str) -> job_pb2.JobError:
+    known = _unwrap(error)
+    if isinstance(known, RunFailed):
+        return known.job_error
+    if isinstance(known, OutOfMemoryError) or is_out_of_memory(known) or "OutOfMemory" in str(known):
+        return job_pb2.JobError(
+            code=OUT_OF_MEMORY,
+            source=source,
+            exception=type(known).__name__,
+            message=f"{source} was killed because its node ran out of memory; "
+            "use a smaller batch_size, more workers or a higher zero_stage",
+        )
+    if isinstance(known, RayError):
+        first = next((line for line in str(known).splitlines() if line.strip()), type(known).__name__)
+        message = f"the process of {source} died without a word ({first.strip()[:300]}); it was killed, or its node was lost"
+        return job_pb2.JobError(code=LOST, source=source, exception=type(known).__name__, message=message)
+    return job_error_of(known, source, TRAINING_ERROR)
+
+
+def _unwrap(error: BaseException) -> BaseException:
+    """Ray wraps what a rank raised, some layers deep."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        if isinstance(current, RunFailed | RunCancelled):
+            return current
+        current = getattr(current, "_base_exc", None) or getattr(current, "cause", None) or current.__cause__
+    return error
+
+
+def _rank(config: dict[str, Any]) -> TrainResult | None:
+    """Runs in each worker, with torch.distributed initialised by Ray Train."""
+    payload: TrainPayload = config["payload"]
+    environment.prepare(payload.use_gpu)
+    return train_worker(
+        payload,
+        node=ray.get_runtime_context().get_node_id(),
+        report=lambda figures: ray.train.report(figures),
+    )

@@ -1,0 +1,175 @@
+"""What each rank of a fine-tune does: fetch its inputs from storage, run the method, publish the result. No Ray here."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from agents.failures import RunCancelled, RunFailed, job_error_of
+from agents.link import Link, LinkConfig, install_logging
+from agents.training import environment
+from agents.training.config import TrainConfig
+from agents.training.context import TrainContext, TrainedModel, TrialReports
+from agents.training.scratch import scratch_folder
+from common import manifest, storage
+from luthier.agent.v1 import agent_pb2
+from luthier.v1 import training_pb2
+
+logger = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 10.0
+TRAINING_ERROR = "TRAINING_ERROR"
+
+
+@dataclass(frozen=True)
+class TrainPayload:
+    """Everything that a rank needs to know; plain values, so that it travels to any node.
+
+    `trial` is the id of a sweep's trial and prefixes the sources of its ranks; `trial_every` makes it report its held-out loss.
+    """
+
+    spec: bytes
+    link: LinkConfig
+    base_uri: str
+    base_hash: str
+    base_name: str
+    dataset_uri: str
+    run_uri: str
+    use_gpu: bool = False
+    trial: str = ""
+    trial_every: int = 0
+    trial_split: str = "test"
+    trial_max_rows: int = 0
+
+    @property
+    def config(self) -> TrainConfig:
+        """The settings, checked."""
+        return TrainConfig.of(training_pb2.FinetuneSpec.FromString(self.spec))
+
+    def source(self, rank: int) -> str:
+        """Who rank `rank` is in reports."""
+        return f"{self.trial}/rank-{rank}" if self.trial else f"rank-{rank}"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out of a fine-tune, from rank 0. `uri` and what belongs to it are empty where the run was stopped."""
+
+    steps: int
+    metrics: dict[str, float]
+    engine: bytes
+    stopped: bool = False
+    uri: str = ""
+    content_hash: str = ""
+    size_bytes: int = 0
+    model_kind: str = ""
+    chat_template_sha256: str = ""
+
+    @property
+    def engine_report(self) -> training_pb2.EngineReport:
+        """What really ran."""
+        return training_pb2.EngineReport.FromString(self.engine)
+
+    def produced_model(self) -> agent_pb2.ProducedModel:
+        """The model as the coordinator registers it; base, parameters and metrics are the caller's to add."""
+        return agent_pb2.ProducedModel(
+            uri=self.uri,
+            content_hash=self.content_hash,
+            model_kind=self.model_kind,
+            size_bytes=self.size_bytes,
+            chat_template_sha256=self.chat_template_sha256,
+        )
+
+
+def train_worker(
+    payload: TrainPayload, *, node: str = "", report: Callable[[dict[str, float]], None] | None = None
+) -> TrainResult | None:
+    """Run one rank, with torch.distributed initialised. Returns the result on rank 0, and nothing on the others.
+
+    Every exception is reported with this rank as its source before it leaves, so that the first failure is known as the root
+    cause, whatever the other ranks raise when this one is gone.
+    """
+    environment.prepare(payload.use_gpu)
+    import torch.distributed as dist
+
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    link = Link(payload.link, payload.source(rank))
+    install_logging(link)
+    try:
+        return _train(payload, link, rank, world_size, node or socket.gethostname(), report)
+    except RunCancelled:
+        raise
+    except BaseException as error:
+        cause = job_error_of(error, payload.source(rank), TRAINING_ERROR)
+        logger.error("%s failed: %s", payload.source(rank), cause.message)
+        link.failure(cause)
+        link.flush(FLUSH_SECONDS)
+        raise RunFailed.of(cause) from error
+    finally:
+        link.close()
+
+
+def _train(
+    payload: TrainPayload,
+    link: Link,
+    rank: int,
+    world_size: int,
+    node: str,
+    report: Callable[[dict[str, float]], None] | None,
+) -> TrainResult | None:
+    from agents.training.methods.base import find_method
+
+    config = payload.config
+    method = find_method(config.method)
+    if rank == 0:
+        link.phase("loading", "fetching base model and data set to the nodes")
+    base_dir = manifest.fetch(payload.base_uri, payload.base_hash)
+    data_dir = manifest.fetch(payload.dataset_uri)
+    reports = None
+    if payload.trial_every and report is not None:
+        reports = TrialReports(report, payload.trial_every, payload.trial_split, payload.trial_max_rows)
+    name = f"{payload.link.job_uid}-r{payload.link.run}" + (f"-{payload.trial}" if payload.trial else "")
+    with scratch_folder(name) as folder:
+        context = TrainContext(
+            config=config,
+            base_dir=base_dir,
+            base_name=payload.base_hash or payload.base_name,
+            data_dir=data_dir,
+            output_dir=folder,
+            rank=rank,
+            world_size=world_size,
+            reporter=link,
+            use_gpu=payload.use_gpu,
+            run=payload.link.run,
+            run_uri=payload.run_uri,
+            trial=payload.trial,
+            node=node,
+            trial_reports=reports,
+            wishes_stop=link.wished.is_set,
+        )
+        trained = method.run(context)
+        return _publish(payload, trained) if rank == 0 else None
+
+
+def _publish(payload: TrainPayload, trained: TrainedModel) -> TrainResult:
+    from transformers import AutoTokenizer
+
+    from agents.training.saving import chat_template_sha256
+
+    engine = trained.engine.SerializeToString()
+    if trained.stopped:
+        return TrainResult(trained.steps, trained.metrics, engine, stopped=True)
+    artifact = manifest.publish(trained.local_dir, storage.join(payload.run_uri, "model"))
+    tokenizer = AutoTokenizer.from_pretrained(trained.local_dir, trust_remote_code=False, local_files_only=True)
+    return TrainResult(
+        steps=trained.steps,
+        metrics=trained.metrics,
+        engine=engine,
+        uri=storage.join(payload.run_uri, "model"),
+        content_hash=artifact.sha256,
+        size_bytes=artifact.size_bytes,
+        model_kind=trained.kind,
+        chat_template_sha256=chat_template_sha256(tokenizer),
+    )

@@ -1,0 +1,92 @@
+"""Runs a list of fine-tunes in several processes over gloo, as torchrun would start them: `python training_ranks.py PLAN RANK`.
+
+The plan is JSON: {port, world_size, base, data, out, runs: [{name, spec, storage?}]}. Rank 0 writes OUT/{name}.json after each run, with
+the losses of every step. All runs share the processes, because importing torch and DeepSpeed takes longer than training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import json_format
+
+
+def run_plan(plan: dict[str, Any], folder: Path, timeout: float = 300.0) -> dict[str, dict[str, Any]]:
+    """Start the ranks, wait for them, and return what each run reported, by name."""
+    path = folder / "plan.json"
+    path.write_text(json.dumps(plan))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "LUTHIER_NODE_HOME": str(folder / "node")}
+    logs = [folder / f"rank-{rank}.log" for rank in range(plan["world_size"])]
+    processes = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as file:
+            command = [sys.executable, __file__, str(path), str(rank)]
+            processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
+    try:
+        failed = [rank for rank, process in enumerate(processes) if process.wait(timeout)]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert not failed, "\n".join(f"rank {rank}:\n{logs[rank].read_text()[-4000:]}" for rank in failed)
+    out = Path(plan["out"])
+    return {run["name"]: json.loads((out / f"{run['name']}.json").read_text()) for run in plan["runs"]}
+
+
+def _main(plan_path: str, rank: int) -> None:
+    plan = json.loads(Path(plan_path).read_text())
+    world_size = plan["world_size"]
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(plan["port"]),
+    }
+    from agents.training import environment
+
+    environment.prepare(use_gpu=False)
+    import torch.distributed as dist
+
+    from agents.training import local
+    from luthier.v1 import job_pb2, training_pb2
+
+    class Recorder(local.SilentReporter):
+        def __init__(self) -> None:
+            self.losses: list[float] = []
+            self.checkpoints: list[str] = []
+
+        def metrics(self, step: int, values: Any, trial: str = "") -> None:
+            self.losses.append(values["loss"])
+
+        def checkpoint(self, checkpoint: job_pb2.Checkpoint) -> None:
+            self.checkpoints.append(checkpoint.uri)
+
+    dist.init_process_group("gloo")
+    out = Path(plan["out"])
+    for run in plan["runs"]:
+        recorder = Recorder()
+        spec = json_format.ParseDict(run["spec"], training_pb2.FinetuneSpec())
+        result = local.train_locally(
+            spec,
+            Path(plan["base"]),
+            Path(plan["data"]),
+            out / run["name"],
+            use_gpu=False,
+            run_uri=run.get("storage", ""),
+            reporter=recorder,
+        )
+        if rank == 0:
+            result |= {"losses": recorder.losses, "checkpoints": recorder.checkpoints}
+            (out / f"{run['name']}.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1], int(sys.argv[2]))
