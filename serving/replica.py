@@ -18,10 +18,12 @@ class ModelReplica:
 
     def __init__(self, args: ModelArgs) -> None:
         import torch
+        from transformers.utils import logging as transformers_logging
 
         # Ray's default depends on the environment of the node; two replicas on one core must not fight for all cores.
         torch.set_num_threads(max(1, args.threads))
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        transformers_logging.disable_progress_bar()
         model_dir = manifest.fetch(args.artifact_uri, args.artifact_sha256)
         base_dir = manifest.fetch(args.base_uri, args.base_sha256) if args.base_uri else None
         self._engine: Engine = load_engine(model_dir, base_dir, args.device)
