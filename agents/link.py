@@ -106,11 +106,12 @@ class Link:
     """One source's reports to the coordinator, sent by a background thread in batches.
 
     `wished` is set once the coordinator wants the run to stop; `wish_reason` says why. Where the coordinator refuses the run as
-    stale, nothing more is sent and `on_stale` is called from the link's thread.
+    stale, nothing more is sent and `on_stale` is called from the link's thread. Where there is nothing to report, the link calls
+    every `heartbeat` seconds all the same.
     """
 
     def __init__(
-        self, config: LinkConfig, source: str = "driver", *, on_stale: Callable[[], None] = exit_as_zombie, heartbeat: bool = True
+        self, config: LinkConfig, source: str = "driver", *, on_stale: Callable[[], None] = exit_as_zombie, heartbeat: float = 1.0
     ) -> None:
         self.config = config
         self.source = source
@@ -120,6 +121,8 @@ class Link:
         self.stale = threading.Event()
         self._on_stale = on_stale
         self._heartbeat = heartbeat
+        self._last_call = 0.0
+        self._ended = False
         self._spool = Spool(config.run, source)
         self._state = threading.Condition()
         self._in_flight: deque[agent_pb2.Report] = deque()
@@ -176,10 +179,12 @@ class Link:
         Raises FailedPrecondition where the coordinator refuses the outcome: the run is stale, or the report is invalid.
         """
         self._put(agent_pb2.Report(outcome=outcome), urgent=True)
-        if not self.flush():
-            raise FailedPrecondition("the coordinator refused the outcome of this run as stale", "STALE_RUN")
-        if self._refused is not None:
-            raise FailedPrecondition(f"the coordinator refused a report of this run: {self._refused.name}", "REPORT_REFUSED")
+        with self._state:
+            self._state.wait_for(lambda: self._gone or self._refused is not None)
+            if self._refused is not None:
+                raise FailedPrecondition(f"the coordinator refused the outcome as {self._refused.name}", "REPORT_REFUSED")
+            if not self._ended:
+                raise FailedPrecondition("the coordinator no longer takes reports of this run", "STALE_RUN")
 
     # What is wanted
 
@@ -196,8 +201,8 @@ class Link:
         with self._state:
             self._urgent = True
             self._state.notify_all()
-            done = self._state.wait_for(lambda: self._gone or not (self._in_flight or self._spool), timeout)
-            return done and not (self._in_flight or self._spool)
+            self._state.wait_for(lambda: self._gone or not (self._in_flight or self._spool), timeout)
+            return not (self._in_flight or self._spool)
 
     def close(self, timeout: float = 5.0) -> None:
         """Deliver what can be delivered within `timeout` seconds, and stop."""
@@ -243,13 +248,15 @@ class Link:
                 if self._synchronised and not waiting and not self._closing:
                     self._state.wait_for(lambda: self._closing or self._urgent, self.config.interval)
                 self._urgent = False
-                if self._closing:
+                if self._closing or self._gone:
                     self._gone = True
                     self._state.notify_all()
                     return
                 reports = self._next_batch() if self._synchronised else []
-            if not reports and self._synchronised and not self._heartbeat:
+            now = time.monotonic()
+            if not reports and self._synchronised and now - self._last_call < self._heartbeat:
                 continue
+            self._last_call = now
             try:
                 response = self._send(reports)
             except grpc.RpcError as error:
@@ -291,7 +298,9 @@ class Link:
                 self._synchronised = True
                 self._next_sequence = response.acknowledged + 1
             while self._in_flight and self._in_flight[0].sequence <= response.acknowledged:
-                self._in_flight.popleft()
+                # Nothing follows an outcome: a coordinator that has ended the run would refuse it as stale.
+                if self._in_flight.popleft().HasField("outcome"):
+                    self._ended = self._gone = True
             self._urgent = self._urgent or self._spool.more
             self._state.notify_all()
         if response.wish == agent_pb2.WISH_CANCEL and not self.wished.is_set():

@@ -20,7 +20,8 @@ class Spool:
     """Reports that have not been sent yet. Not thread-safe: the link's lock guards it.
 
     Progress and trials keep their latest word; the oldest log lines go first, with a line that says how many; figures are
-    thinned to every second step. Phases, checkpoints, failures and the outcome are never given up.
+    thinned to every second step. Phases, checkpoints, failures and the outcome are never given up, and
+    nothing follows an outcome.
     """
 
     def __init__(self, run: int, source: str) -> None:
@@ -33,6 +34,7 @@ class Spool:
         self._dropped = 0
         self._metrics = 0
         self._singly: deque[agent_pb2.Report] = deque()
+        self._ended = False
         self.more = False
 
     def __len__(self) -> int:
@@ -41,6 +43,8 @@ class Spool:
     def add(self, report: agent_pb2.Report) -> None:
         """Queue a report that is not a log line."""
         body = report.WhichOneof("body")
+        if self._ended:
+            return
         if body == "progress":
             self._progress = report
             return
@@ -52,6 +56,7 @@ class Spool:
             self._queue = deque(held for held in self._queue if not (held.HasField("trial") and held.trial.id == report.trial.id))
         if body == "outcome":
             self._flush_lines()
+            self._ended = True
         self._queue.append(report)
         if body == "metrics":
             self._metrics += 1
@@ -60,6 +65,8 @@ class Spool:
 
     def add_log(self, level: str, message: str, when: float) -> None:
         """Queue a log line."""
+        if self._ended:
+            return
         line = job_pb2.LogLine(run=self._run, source=self._source, level=level, message=message[:LINE_LIMIT])
         line.time.FromNanoseconds(int(when * 1e9))
         self._lines.append(line)
@@ -78,7 +85,7 @@ class Spool:
             alone = self._singly.popleft()
             self.more = bool(self._singly or self._queue)
             return [alone]
-        if not self._queue or not self._queue[-1].HasField("outcome"):
+        if not self._ended:
             self._flush_lines()
             if self._progress is not None:
                 self._queue.append(self._progress)

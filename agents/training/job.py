@@ -47,6 +47,7 @@ def run(link: Link, claim: agent_pb2.ClaimRunResponse) -> agent_pb2.OutcomeRepor
         base_hash=base.content_hash,
         base_name=base.name,
         dataset_uri=claim.inputs["dataset"].uri,
+        dataset_hash=claim.inputs["dataset"].content_hash,
         run_uri=claim.run_uri,
         use_gpu=use_gpu,
     )

@@ -20,6 +20,7 @@ from luthier.v1 import training_pb2
 logger = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 10.0
+QUIET_SECONDS = 15.0
 TRAINING_ERROR = "TRAINING_ERROR"
 
 
@@ -36,6 +37,7 @@ class TrainPayload:
     base_hash: str
     base_name: str
     dataset_uri: str
+    dataset_hash: str
     run_uri: str
     use_gpu: bool = False
     trial: str = ""
@@ -95,7 +97,8 @@ def train_worker(
     import torch.distributed as dist
 
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    link = Link(payload.link, payload.source(rank))
+    # Only rank 0 has to hear of a wish soon.
+    link = Link(payload.link, payload.source(rank), heartbeat=1.0 if rank == 0 else QUIET_SECONDS)
     install_logging(link)
     try:
         return _train(payload, link, rank, world_size, node or socket.gethostname(), report)
@@ -126,7 +129,7 @@ def _train(
     if rank == 0:
         link.phase("loading", "fetching base model and data set to the nodes")
     base_dir = manifest.fetch(payload.base_uri, payload.base_hash)
-    data_dir = manifest.fetch(payload.dataset_uri)
+    data_dir = manifest.fetch(payload.dataset_uri, payload.dataset_hash)
     reports = None
     if payload.trial_every and report is not None:
         reports = TrialReports(report, payload.trial_every, payload.trial_split, payload.trial_max_rows)

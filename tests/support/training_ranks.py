@@ -1,7 +1,7 @@
 """Runs a list of fine-tunes in several processes over gloo, as torchrun would start them: `python training_ranks.py PLAN RANK`.
 
-The plan is JSON: {port, world_size, base, data, out, runs: [{name, spec, storage?}]}. Rank 0 writes OUT/{name}.json after each run, with
-the losses of every step. All runs share the processes, because importing torch and DeepSpeed takes longer than training.
+The plan is JSON: {port, world_size, base, data, out, runs: [{name, spec, storage?}]}. Rank 0 writes OUT/{name}.json
+after each run, with the losses of every step. All runs share the processes, because importing torch and DeepSpeed takes longer than training.
 """
 
 from __future__ import annotations
