@@ -216,6 +216,8 @@ def _model(gateway: GatewaySpec, name: str, app: ModelApp) -> dict[str, Any]:
                 # Twice the target: a replica keeps a batch waiting while scaling catches up.
                 "max_ongoing_requests": max(16, math.ceil(2 * app.target_ongoing_requests)),
                 "max_queued_requests": 256,
+                # A model that cannot be loaded fails for good soon, rather than after Serve's twenty tries.
+                "max_constructor_retry_count": 3,
                 "ray_actor_options": {"num_cpus": app.cpus, "num_gpus": app.gpus},
                 "graceful_shutdown_wait_loop_s": 1.0,
                 "graceful_shutdown_timeout_s": 60.0,

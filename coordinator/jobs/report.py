@@ -205,10 +205,13 @@ def end(session: Session, uid: str, run: int, outcome: agent_pb2.OutcomeReport) 
 
 
 def root_cause(failures: list[dict[str, Any]], error: dict[str, Any]) -> dict[str, Any]:
-    """The failure that came first among those that the run's processes reported, else what the driver made of it.
+    """What the driver names as the cause if it names a process, else the failure that the run's processes reported first.
 
-    A rank that dies takes the others with it, so that all later exceptions tell of a broken connection, not of the cause.
+    A rank that dies takes the others with it, so that all later exceptions tell of a broken connection, not of the cause. A
+    driver that lived to tell knows more: a rank that was killed reports nothing, and its peers are then the first to complain.
     """
+    if error.get("source", "driver") != "driver":
+        return error
     evidence = sorted((failure for failure in failures if failure.get("source") != "driver"), key=lambda failure: failure["time"])
     if not evidence:
         return {name: value for name, value in error.items() if name != "time"}

@@ -182,6 +182,16 @@ def test_the_failure_that_came_first_is_the_root_cause(store: Store, new_job: Ne
     assert (row.error["message"], row.error["source"], row.end_reason) == ("the real one", "rank-1", EndReason.ERROR)
 
 
+def test_a_driver_that_names_the_process_knows_better_than_its_peers(store: Store, new_job: NewJob) -> None:
+    job = new_job()
+    start(store, job)
+    complaint = agent_pb2.Report(sequence=1, failure=job_pb2.JobError(message="connection closed by peer", source="rank-0"))
+    send(store, job, complaint, source="rank-0")
+    error = job_pb2.JobError(code="WORKER_LOST", message="the process of rank-1 was killed", source="rank-1")
+    row, _ = send(store, job, outcome(1, "FAILED", error=error))
+    assert row.error["source"] == "rank-1"
+
+
 def test_progress_is_overwritten_and_metrics_are_kept(store: Store, new_job: NewJob) -> None:
     job = new_job()
     start(store, job)
