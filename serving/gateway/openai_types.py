@@ -153,6 +153,8 @@ def parse(kind: type[Parsed], body: bytes) -> Parsed:
     """Read a request, or raise a 400 that names the parameter."""
     try:
         content = json.loads(body)
+        if b"\\u" in body:  # half a surrogate pair is no text: neither tokenizers nor answers can carry it
+            json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise bad_request(f"The body is not valid JSON: {str(error)[:200]}") from error
     if not isinstance(content, dict):

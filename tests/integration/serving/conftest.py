@@ -115,7 +115,7 @@ class PrivateRay:
 
     def serve(self, config: dict[str, Any]) -> None:
         """Put a configuration, once the dashboard is there."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while True:
             try:
                 response = httpx.put(self._serve_url, json=config, timeout=30)
@@ -131,7 +131,7 @@ class PrivateRay:
         found: dict[str, Any] = httpx.get(self._serve_url, timeout=30).json()
         return found
 
-    def wait_ready(self, *apps: str, seconds: float = 90) -> dict[str, AppStatus]:
+    def wait_ready(self, *apps: str, seconds: float = 240) -> dict[str, AppStatus]:
         """Wait until all of `apps` run."""
         deadline = time.monotonic() + seconds
         while True:
@@ -148,7 +148,10 @@ class PrivateRay:
 
     def stop(self) -> None:
         """End it and its children at once: nothing here is worth a graceful end."""
-        processes = [psutil.Process(self._process.pid), *psutil.Process(self._process.pid).children(recursive=True)]
+        processes = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            processes = psutil.Process(self._process.pid).children(recursive=True)
+        self._process.kill()
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

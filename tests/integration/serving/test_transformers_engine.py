@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,15 @@ def test_a_cancelled_request_stops_and_the_others_go_on(engine: Engine) -> None:
     assert left.completion_tokens < stayed.completion_tokens
     assert len(seen) == 1
     assert stayed == engine.generate([prompt], SamplingParams(40))[0]
+
+
+def test_threads_do_not_disturb_each_other(engine: Engine) -> None:
+    prompts = [engine.render(chat(text)) for text in ("the printer", ORDINARY, "a<|end|>b", "please refund it")]
+    params = SamplingParams(40, temperature=1.0, seed=11)
+    alone = [engine.generate([prompt], params)[0] for prompt in prompts]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(3):
+            assert list(threads.map(lambda prompt: engine.generate([prompt], params)[0], prompts)) == alone
 
 
 def make_adapter(base: Path, folder: Path, targets: list[str]) -> Path:

@@ -265,7 +265,20 @@ async def test_parameters_that_ask_for_nothing_are_taken(client: httpx.AsyncClie
     assert (await client.post("/v1/chat/completions", json=chat(**nothing, **more))).status_code == 200
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b'{"model": NaN}', b"[" * 9000])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff",
+        b'{"model": NaN}',
+        b"[" * 9000,
+        b'{"model": "\\ud800"}',
+        b'{"\\udfff": 1}',
+        b'{"model": ' + b"1" * 9000 + b"}",
+    ],
+)
 async def test_a_body_that_is_no_request_is_refused(client: httpx.AsyncClient, body: bytes) -> None:
     await refused(client, 400, content=body)
 
