@@ -8,6 +8,7 @@ categories in passing are mixed in, so counting words is not enough either.
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import sys
@@ -16,7 +17,8 @@ from pathlib import Path
 
 SEED = 7
 TRAIN_ROWS, TEST_ROWS = 2400, 320
-MAX_WORDS = 40
+SMALL_ROWS = 200
+MAX_WORDS = 36
 URGENCIES = {"low": 0.25, "normal": 0.45, "high": 0.3}
 
 SLOTS: dict[str, list[str]] = {
@@ -25,7 +27,7 @@ SLOTS: dict[str, list[str]] = {
         *("the standing desk", "the office chair", "the monitor", "the speaker", "the tablet", "the lamp"),
     ],
     "amount": ["19 euros", "45 dollars", "120 euros", "9 dollars", "300 euros", "75 dollars", "60 euros", "250 dollars"],
-    "date": ["Monday", "Tuesday", "Friday", "Sunday", "the first of May", "the third of June", "last week", "last month"],
+    "date": ["Monday", "Tuesday", "Thursday", "Friday", "Sunday", "the first of May", "the third of June", "the ninth of March"],
     "plan": ["team", "basic", "family", "business", "student", "premium"],
     "app": ["the mobile app", "the web page", "the desktop program", "the search page", "the report page", "the calendar"],
     "order": ["4471", "1093", "8820", "5562", "2307", "9914"],
@@ -357,13 +359,29 @@ def rows(seed: int = SEED, train: int = TRAIN_ROWS, test: int = TEST_ROWS) -> It
             yield {"prompt": text, "completion": answer, "label": category, "split": split}
 
 
+def write_jsonl(path: Path) -> int:
+    """Write the data set and return the number of its rows."""
+    everything = list(rows())
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in everything), encoding="utf-8")
+    return len(everything)
+
+
+def write_csv(path: Path) -> int:
+    """Write a small table with a help desk's own column names, Body and Queue, and return the number of its rows."""
+    everything = list(rows(seed=SEED + 1, train=SMALL_ROWS, test=0))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["Ticket", "Body", "Queue"])
+        writer.writerows([1000 + number, row["prompt"], row["label"]] for number, row in enumerate(everything))
+    return len(everything)
+
+
 def main() -> None:
     """Write the data set to the path given."""
     if len(sys.argv) != 2:
-        sys.exit("usage: python examples/tickets.py OUT.jsonl")
-    with Path(sys.argv[1]).open("w", encoding="utf-8") as file:
-        for row in rows():
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        sys.exit("usage: python examples/tickets.py OUT.jsonl (or OUT.csv for the small table)")
+    path = Path(sys.argv[1])
+    print(f"wrote {(write_csv if path.suffix == '.csv' else write_jsonl)(path):,} tickets to {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":
