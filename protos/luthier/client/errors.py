@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from google.rpc import error_details_pb2  # type: ignore[import-untyped]
+from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 
@@ -156,5 +156,6 @@ def from_call(call: grpc.RpcError, server: str = "") -> LuthierError:
             violations += [Violation(item.field, item.description) for item in bad.field_violations]
     message = (status.message if status is not None else "") or call.details() or code.name
     if code is grpc.StatusCode.UNAVAILABLE and status is None and server:
-        message = f"no coordinator answers at {server}: {message}"
+        # gRPC's own text repeats the address over and over; its last part says why.
+        message = f"no coordinator answers at {server} ({message.rsplit(': ', 1)[-1].lower()})"
     return CLASS_OF_CODE.get(code, Internal)(message, code, reason, tuple(violations), metadata)

@@ -8,8 +8,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from luthier.v1.job_pb2 import JOB_STATE_RUNNING, JOB_STATE_SUCCEEDED, Job
 
+from luthier.v1.job_pb2 import JOB_STATE_RUNNING, JOB_STATE_SUCCEEDED, Job
 from tests.support.fake_services import FakeCoordinator
 
 PROTOS = Path(__file__).resolve().parents[3] / "protos"

@@ -1,8 +1,8 @@
 from collections.abc import Iterator
 
 import pytest
-from luthier.client import Client
 
+from luthier.client import Client
 from tests.support.fake_services import FakeCoordinator
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import grpc
 import pytest
+
 from luthier.client import AlreadyExists, Client, InvalidArgument, Unavailable, short_name
 from luthier.client.channel import service_config
 from luthier.v1 import admin_pb2, dataset_pb2, endpoint_pb2, job_pb2, model_pb2
 from luthier.v1.endpoint_pb2 import Endpoint, Route
-
 from tests.support.fake_services import Failure, FakeCoordinator
 
 AWAY = Failure(grpc.StatusCode.UNAVAILABLE, "restarting", bare=True)

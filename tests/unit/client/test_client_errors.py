@@ -3,12 +3,12 @@
 import pickle
 
 import grpc
-import luthier.client as package
 import pytest
+
+import luthier.client as package
 from luthier.client import Client, InvalidArgument, LuthierError, NotFound, Unauthenticated, Unavailable, Violation
 from luthier.client.errors import CLASS_OF_CODE
 from luthier.v1 import job_pb2
-
 from tests.support.fake_services import Failure, FakeCoordinator
 
 

@@ -5,6 +5,7 @@ import time
 
 import grpc
 import pytest
+
 from luthier.client import Client, DeadlineExceeded, Internal, OutOfRange, Unavailable
 from luthier.client.streams import watch
 from luthier.v1.job_pb2 import (
@@ -17,7 +18,6 @@ from luthier.v1.job_pb2 import (
     Progress,
     WatchJobResponse,
 )
-
 from tests.support.fake_services import Failure, FakeCoordinator
 
 

@@ -1,0 +1,1 @@
+"""Messages of the contract as tables for people."""

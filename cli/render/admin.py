@@ -1,0 +1,49 @@
+"""Status and keys as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.table import Table
+from rich.text import Text
+
+from cli.render.text import ago, enum_text, facts, number, plain_table, when
+from luthier.client import short_name
+from luthier.v1.admin_pb2 import GetStatusResponse, Key, Role
+
+
+def status_table(status: GetStatusResponse) -> Table:
+    """What runs and where."""
+    ray = status.ray
+    connected = Text("connected", "green") if ray.connected else Text(f"not connected: {ray.error}", "red")
+    return facts(
+        [
+            ("coordinator", f"{status.coordinator.address}  pid {status.coordinator.pid}, {status.coordinator.store}"),
+            ("started", ago(status.coordinator.start_time)),
+            ("gateway", f"{status.gateway.url}  {status.gateway.state.replace('_', ' ')}"),
+            ("ray", ray.address),
+            ("", connected),
+            ("cpus", f"{number(ray.cpus_free)} of {number(ray.cpus)} free on {ray.nodes} nodes" if ray.nodes else ""),
+            ("gpus", f"{number(ray.gpus_free)} of {number(ray.gpus)} free" if ray.gpus else ""),
+            (
+                "jobs",
+                ", ".join(f"{count} {state.removeprefix('JOB_STATE_').lower()}" for state, count in sorted(status.jobs.items())),
+            ),
+            ("versions", ", ".join(f"{name} {version}" for name, version in sorted(status.versions.items()))),
+        ]
+    )
+
+
+def keys_table(keys: Iterable[Key]) -> Table:
+    """Keys, one a row."""
+    table = plain_table("key", "for", "role", "made", "expires", "revoked")
+    for key in keys:
+        table.add_row(
+            short_name(key.name),
+            key.display_name,
+            enum_text(Role.Name(key.role), "ROLE_"),
+            ago(key.create_time),
+            when(key.expire_time) or "never",
+            when(key.revoke_time),
+        )
+    return table

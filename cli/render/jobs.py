@@ -1,0 +1,197 @@
+"""Jobs as tables: one a line, and everything about one at a glance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from google.protobuf.message import Message
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from cli.follow import figures_text, steps_text
+from cli.render.evaluation import WAYS, confusion_table, side_by_side
+from cli.render.text import ago, duration, enum_text, facts, number, plain_table, size, span, state_text, when
+from luthier.client import short_name
+from luthier.v1.evaluation_pb2 import Evaluation
+from luthier.v1.job_pb2 import EndReason, Job, JobError, JobState
+from luthier.v1.sweep_pb2 import SearchDimension, Trial, TrialState
+from luthier.v1.training_pb2 import EngineReport
+
+TRIALS_SHOWN = 30
+
+
+def jobs_table(jobs: Iterable[Job]) -> Table:
+    """Jobs, one a line."""
+    table = plain_table("job", "kind", "state", "progress", "made", "took", "result")
+    for job in jobs:
+        steps = steps_text(job.progress)
+        table.add_row(
+            short_name(job.name) + (f"  {job.display_name}" if job.display_name else ""),
+            job.kind,
+            state_text(JobState.Name(job.state)),
+            f"{job.progress.phase.replace('_', ' ')} {steps}".strip() if not job.HasField("end_time") else "",
+            ago(job.create_time),
+            _took(job),
+            job.result.model_version or job.error.code or _waits(job),
+        )
+    return table
+
+
+def job_view(job: Job, confusion: bool = False, traceback: bool = False) -> Group:
+    """Everything about a job."""
+    parts: list[RenderableType] = [_head(job)]
+    spec_kind = job.WhichOneof("spec")
+    if spec_kind:
+        parts += _section(spec_kind.replace("_", " "), _spec_facts(getattr(job, spec_kind)))
+    if job.HasField("error"):
+        parts += _section("what went wrong", _error_facts(job.error, traceback))
+    result = job.result
+    scores = {name: getattr(result, name) for name in ("before", "after") if result.HasField(name)}
+    if scores:
+        parts += _section("scores on held-out rows", side_by_side(scores))
+        if confusion:
+            for name, evaluation in scores.items():
+                parts += _confusions(name, evaluation)
+    elif result.metrics:
+        parts += _section("figures", facts([(name, number(value)) for name, value in sorted(result.metrics.items())]))
+    if result.trials:
+        parts += _section(f"trials ({len(result.trials)})", trials_table(result.trials))
+    if result.HasField("engine"):
+        parts += _section("what really ran", _engine(result.engine))
+    return Group(*parts)
+
+
+def _section(title: str, content: RenderableType) -> list[RenderableType]:
+    return [Text(), Text(title, "bold underline"), content]
+
+
+def _head(job: Job) -> Table:
+    state = state_text(JobState.Name(job.state))
+    if job.end_reason not in (EndReason.END_REASON_UNSPECIFIED, EndReason.END_REASON_COMPLETED):
+        state.append(f"  ({enum_text(EndReason.Name(job.end_reason), 'END_REASON_')})", "dim")
+    if job.cancel_requested:
+        state.append("  (cancellation asked for)", "yellow")
+    running = not job.HasField("end_time")
+    progress = "  ".join(
+        text for text in (job.progress.phase.replace("_", " "), steps_text(job.progress), figures_text(job.progress)) if text
+    )
+    return facts(
+        [
+            ("job", short_name(job.name) if job.name else "(not recorded)"),
+            ("name", job.display_name),
+            ("kind", job.kind),
+            ("state", state),
+            ("waits", _waits(job)),
+            ("progress", progress if running else ""),
+            ("result", job.result.model_version),
+            ("labels", ", ".join(f"{key}={value}" for key, value in sorted(job.labels.items()))),
+            ("priority", job.priority or ""),
+            ("time limit", duration(job.time_limit) if job.HasField("time_limit") else ""),
+            ("run", f"{job.run}, retries {job.attempt}" if job.run else ""),
+            ("made", f"{when(job.create_time)} by {job.creator}" if job.creator else when(job.create_time)),
+            ("started", when(job.start_time)),
+            ("ended", f"{when(job.end_time)}, after {_took(job)}" if job.HasField("end_time") else ""),
+        ]
+    )
+
+
+def _took(job: Job) -> str:
+    if not job.start_time.seconds:
+        return ""
+    end = job.end_time if job.HasField("end_time") else job.update_time
+    return span(max(0, end.seconds - job.start_time.seconds))
+
+
+def _waits(job: Job) -> str:
+    if not job.queue.waiting_for and not job.queue.position:
+        return ""
+    position = f"position {job.queue.position}" if job.queue.position else ""
+    return ", ".join(text for text in (position, f"for {job.queue.waiting_for}" if job.queue.waiting_for else "") if text)
+
+
+def _spec_facts(spec: Message) -> Table:
+    return facts(list(_flat(spec, "")))
+
+
+def _flat(message: Message, prefix: str) -> Iterable[tuple[str, object]]:
+    """The fields that were set, by path."""
+    for field, value in message.ListFields():
+        name = f"{prefix}{field.name}"
+        if field.is_repeated and field.message_type is not None and field.message_type.GetOptions().map_entry:
+            for key in sorted(value):
+                yield f"{name}[{key}]", _dimension(value[key]) if isinstance(value[key], SearchDimension) else value[key]
+        elif field.is_repeated:
+            yield name, ", ".join(str(item) for item in value)
+        elif field.message_type is not None:
+            yield from _flat(value, f"{name}.")
+        elif field.enum_type is not None:
+            yield name, field.enum_type.values_by_number[value].name
+        else:
+            yield name, number(value) if isinstance(value, float) else value
+
+
+def _dimension(dimension: SearchDimension) -> str:
+    kind = dimension.WhichOneof("kind")
+    if kind is None:
+        return ""
+    values = getattr(dimension, kind)
+    return f"choice of {', '.join(values.values)}" if kind == "choice" else f"{kind} from {values.min:g} to {values.max:g}"
+
+
+def _error_facts(error: JobError, traceback: bool) -> Table:
+    return facts(
+        [
+            ("code", error.code),
+            ("message", Text(error.message, "red")),
+            *((violation.field, violation.description) for violation in error.field_violations),
+            ("failed first", error.source),
+            ("exception", error.exception),
+            ("traceback", error.traceback if traceback else "shown with --traceback" if error.traceback else ""),
+        ]
+    )
+
+
+def _confusions(name: str, evaluation: Evaluation) -> list[RenderableType]:
+    parts: list[RenderableType] = []
+    for way, _ in WAYS:
+        if evaluation.HasField(way):
+            parts += _section(f"confusion, {name}, by {way}", confusion_table(getattr(evaluation, way)))
+    return parts
+
+
+def trials_table(trials: Iterable[Trial]) -> Table:
+    """Trials of a sweep, best first."""
+    trials = list(trials)
+    metrics = sorted({name for trial in trials for name in trial.metrics})
+    table = plain_table("trial", "state", "parameters", *metrics, "took", "error")
+    for trial in trials[:TRIALS_SHOWN]:
+        table.add_row(
+            trial.id,
+            state_text(TrialState.Name(trial.state)),
+            ", ".join(f"{path.rpartition('.')[2]}={value}" for path, value in sorted(trial.parameters.items())),
+            *(number(trial.metrics[name]) if name in trial.metrics else "" for name in metrics),
+            span(trial.seconds),
+            trial.error,
+        )
+    if len(trials) > TRIALS_SHOWN:
+        table.add_row(f"... {len(trials) - TRIALS_SHOWN} more with --output json")
+    return table
+
+
+def _engine(engine: EngineReport) -> Group:
+    ranks = plain_table("rank", "node", "device", "parameters", "optimiser state")
+    for rank in engine.ranks:
+        ranks.add_row(str(rank.rank), rank.node, rank.device, size(rank.parameter_bytes), size(rank.optimizer_bytes))
+    return Group(
+        facts(
+            [
+                ("engine", engine.engine_class),
+                ("optimiser", engine.optimizer_class),
+                ("ZeRO stage", str(engine.zero_stage)),
+                ("ranks", f"{engine.world_size} over {engine.backend}"),
+                ("parameters", f"{engine.parameters:,}, {engine.trainable_parameters:,} of them trained"),
+            ]
+        ),
+        ranks,
+    )

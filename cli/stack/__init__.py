@@ -1,0 +1,1 @@
+"""A local stack: Ray and the coordinator as processes of this machine."""

@@ -1,0 +1,82 @@
+"""The coordinator of a local stack as a process."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from cli.failures import Failure
+from cli.stack.ports import LOOPBACK
+from cli.stack.processes import last_lines, spawn
+from cli.stack.ray_head import NOT_INHERITED, write_secret
+from cli.stack.state import ProcessRef, StackState
+
+PART = "coordinator"
+
+
+def ensure_admin_key(home: Path) -> Path:
+    """The file with the admin key, made if absent. The coordinator reads it and stores its hash."""
+    path = home / "admin.key"
+    if not path.exists():
+        write_secret(path, f"lut_{secrets.token_urlsafe(32)}\n")
+    return path
+
+
+def environment(state: StackState, home: Path, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Environment of the coordinator: its settings, and Ray's token for its own connections to Ray."""
+    kept = set(NOT_INHERITED) - {"LUTHIER_STORE_URL"}
+    values = {name: value for name, value in inherited.items() if name not in kept}
+    values |= {
+        "PYTHONUNBUFFERED": "1",
+        "LUTHIER_HOME": str(home),
+        "LUTHIER_HOST": LOOPBACK,
+        "LUTHIER_PORT": str(state.port),
+        "LUTHIER_GATEWAY_HOST": LOOPBACK,
+        "LUTHIER_GATEWAY_PORT": str(state.gateway_port),
+        "LUTHIER_RAY_ADDRESS": state.ray.address,
+        "LUTHIER_AGENT_PYTHON": sys.executable if state.ray.local else values.get("LUTHIER_AGENT_PYTHON", "python"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Said in so many words, because Ray turns tokens on by itself where it finds a token file.
+        "RAY_AUTH_MODE": "token" if state.ray.token_path else "disabled",
+    }
+    if state.ray.token_path:
+        values |= {"LUTHIER_RAY_TOKEN_PATH": state.ray.token_path, "RAY_AUTH_TOKEN_PATH": state.ray.token_path}
+    if state.storage_uri:
+        values["LUTHIER_STORAGE_URI"] = state.storage_uri
+    return values
+
+
+def start(state: StackState, home: Path) -> ProcessRef:
+    """Start the coordinator; `wait_until_serving` tells when it answers."""
+    return spawn([sys.executable, "-m", "coordinator"], environment(state, home, os.environ), home, PART)
+
+
+def serving(server: str, timeout: float = 2.0) -> bool:
+    """Whether a coordinator at host:port says that it serves."""
+    with grpc.insecure_channel(server, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)  # its calls are not typed
+        try:
+            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout, wait_for_ready=True)
+        except grpc.RpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def wait_until_serving(state: StackState, process: ProcessRef, home: Path, timeout: float = 60.0) -> None:
+    """Wait until the coordinator serves. Raises Failure with the end of its log where it does not."""
+    end = time.monotonic() + timeout
+    log = home / "logs" / "coordinator.log"
+    while not serving(state.server, timeout=0.5):
+        if process.process() is None:
+            raise Failure(f"the coordinator did not start: {last_lines(home, PART)}; see {log}")
+        if time.monotonic() > end:
+            raise Failure(f"the coordinator does not serve after {timeout:.0f} s; see {log}")
+        time.sleep(0.1)
