@@ -89,7 +89,8 @@ def evaluate_remotely(
         num_cpus=cpus,
         num_gpus=gpus,
         num_returns="streaming",
-        max_calls=1,  # the process holds the model's memory, so it ends with the task
+        # On a GPU the process holds the model's memory, so it ends with the task; else the next one saves the imports.
+        max_calls=1 if gpus else 0,
         max_retries=0,
         # The driver of a sweep's trial lives in a placement group that has no room for this.
         scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),

@@ -1,0 +1,1 @@
+"""Search over hyperparameters: Ray Tune over ordinary fine-tunes."""
