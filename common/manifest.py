@@ -1,7 +1,8 @@
 """Artifacts: a folder in storage plus `manifest.json`, which names every file with its size and SHA-256.
 
-The manifest is written last, so a folder without one is not an artifact yet; the SHA-256 of the manifest's bytes names the
-whole. A node keeps what it fetched under that name, so nothing is fetched twice and nodes share nothing but the storage.
+The manifest is written last, so a folder without one is not an artifact yet. The whole is named by its content hash: the
+SHA-256 of the manifest, or another one that it declares where content is more than bytes (equal rows, whatever
+their files). A node keeps what it fetched under that name, so nothing is fetched twice and nodes share nothing but the storage.
 """
 
 from __future__ import annotations
@@ -37,15 +38,21 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The files of an artifact by relative path. `data` is the manifest file itself."""
+    """The files of an artifact by relative path. `data` is the manifest file itself, `declared` the hash that it declares."""
 
     files: dict[str, FileEntry]
     data: bytes
+    declared: str = ""
 
     @property
     def sha256(self) -> str:
-        """The artifact's content hash."""
+        """SHA-256 of the manifest's bytes."""
         return hashlib.sha256(self.data).hexdigest()
+
+    @property
+    def content_hash(self) -> str:
+        """What the artifact is known by: the declared hash, else that of the manifest."""
+        return self.declared or self.sha256
 
     @property
     def size_bytes(self) -> int:
@@ -53,8 +60,10 @@ class Manifest:
         return sum(entry.size for entry in self.files.values())
 
 
-def build(local_dir: Path) -> Manifest:
+def build(local_dir: Path, content_hash: str = "") -> Manifest:
     """Read a local folder and return the manifest that it would have. Symbolic links are refused: they may point anywhere."""
+    if content_hash:
+        _check_hash(content_hash)
     if not local_dir.is_dir():
         raise NotFound(f"there is no folder {local_dir}", "FILE_NOT_FOUND")
     files: dict[str, FileEntry] = {}
@@ -69,8 +78,13 @@ def build(local_dir: Path) -> Manifest:
             files[name] = FileEntry(file_sha256(path), path.stat().st_size)
     if not files:
         raise InvalidArgument(f"the folder {local_dir} holds no files", "EMPTY_ARTIFACT")
-    body = {"format": 1, "files": {name: {"sha256": e.sha256, "size": e.size} for name, e in sorted(files.items())}}
-    return Manifest(files, json.dumps(body, indent=1, sort_keys=True, ensure_ascii=False).encode())
+    body: dict[str, Any] = {
+        "format": 1,
+        "files": {name: {"sha256": e.sha256, "size": e.size} for name, e in sorted(files.items())},
+    }
+    if content_hash:
+        body["content_hash"] = content_hash
+    return Manifest(files, json.dumps(body, indent=1, sort_keys=True, ensure_ascii=False).encode(), content_hash)
 
 
 def parse(data: bytes, where: str) -> Manifest:
@@ -80,11 +94,12 @@ def parse(data: bytes, where: str) -> Manifest:
         if body["format"] != 1:
             raise ValueError(f"format {body['format']!r} is not known to this version")
         files = {storage.check_relative(name): _entry(entry) for name, entry in body["files"].items()}
+        declared = _check_hash(body["content_hash"]) if "content_hash" in body else ""
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, InvalidArgument) as error:
         raise FailedPrecondition(f"the manifest of {where} cannot be read: {error}", "ARTIFACT_DAMAGED") from error
     if NAME in files or not files:
         raise FailedPrecondition(f"the manifest of {where} names no files or itself", "ARTIFACT_DAMAGED")
-    return Manifest(files, data)
+    return Manifest(files, data, declared)
 
 
 def read(uri: str) -> Manifest:
@@ -96,21 +111,22 @@ def read(uri: str) -> Manifest:
     return parse(data, uri)
 
 
-def publish(local_dir: Path, uri: str) -> Manifest:
-    """Upload a local folder as the artifact at `uri`, its manifest last.
+def publish(local_dir: Path, uri: str, content_hash: str = "") -> Manifest:
+    """Upload a local folder as the artifact at `uri`, its manifest last. `content_hash` is declared in the manifest where given.
 
-    Publishing the same content again does nothing. Raises AlreadyExists where another artifact is there: artifacts never change.
+    Publishing the same content again does nothing and returns the manifest that is there. Raises AlreadyExists where another
+    artifact is there: artifacts never change.
     """
-    manifest = build(local_dir)
+    manifest = build(local_dir, content_hash)
     with node_lock(f"publish-{hashlib.sha256(uri.encode()).hexdigest()}"):
-        there = storage.join(uri, NAME)
-        if storage.exists(there):
-            if storage.read_bytes(there, MAX_MANIFEST_BYTES) == manifest.data:
-                return manifest
+        if storage.exists(storage.join(uri, NAME)):
+            there = read(uri)
+            if there.content_hash == manifest.content_hash:
+                return there
             raise AlreadyExists(f"another artifact is at {uri} already, and artifacts never change", "ARTIFACT_EXISTS")
         for name in manifest.files:
             storage.upload_file(local_dir / name, storage.join(uri, name))
-        storage.write_bytes(there, manifest.data)
+        storage.write_bytes(storage.join(uri, NAME), manifest.data)
     return manifest
 
 
@@ -132,10 +148,8 @@ def fetch(uri: str, sha256: str = "") -> Path:
     `sha256` is the content hash that is expected; without it, whatever the manifest in storage says is taken. Safe while other
     processes of the node fetch the same. The folder is shared: do not write into it.
     """
-    if sha256 and not SHA256.fullmatch(sha256):
-        raise InvalidArgument(f"{sha256[:80]!r} is not a SHA-256 in hex", "BAD_HASH")
     manifest = None if sha256 else read(uri)
-    name = sha256 or (manifest.sha256 if manifest else "")
+    name = manifest.content_hash if manifest else _check_hash(sha256)
     artifacts = node_home() / "artifacts"
     artifacts.mkdir(mode=0o700, exist_ok=True)
     folder, stamps = artifacts / name, artifacts / f"{name}.json"
@@ -145,9 +159,9 @@ def fetch(uri: str, sha256: str = "") -> Path:
         if _trusted(folder, stamps):
             return folder
         manifest = manifest or read(uri)
-        if manifest.sha256 != name:
+        if name not in (manifest.content_hash, manifest.sha256):
             raise FailedPrecondition(
-                f"the artifact at {uri} has the hash {manifest.sha256}, but {name} was expected", "ARTIFACT_DAMAGED"
+                f"the artifact at {uri} has the hash {manifest.content_hash}, but {name} was expected", "ARTIFACT_DAMAGED"
             )
         _download(uri, manifest, folder, stamps)
     return folder
@@ -180,6 +194,12 @@ def _trusted(folder: Path, stamps: Path) -> bool:
 def _stamps(folder: Path) -> dict[str, list[int]]:
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): [path.stat().st_size, path.stat().st_mtime_ns] for path in found}
+
+
+def _check_hash(text: Any) -> str:
+    if not isinstance(text, str) or not SHA256.fullmatch(text):
+        raise InvalidArgument(f"{str(text)[:80]!r} is not a SHA-256 in hex", "BAD_HASH")
+    return text
 
 
 def _entry(entry: Any) -> FileEntry:

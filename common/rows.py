@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common import manifest
 from common.errors import FailedPrecondition
 
 SCHEMA = pa.schema(
@@ -25,7 +24,6 @@ SCHEMA = pa.schema(
     ]
 )
 BATCH = 2048
-DATASET_FILE = "dataset.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,23 +135,6 @@ def iter_split(path: Path) -> Iterator[Row]:
 def read_split(path: Path) -> list[Row]:
     """Return all rows of a split in order."""
     return list(iter_split(path))
-
-
-def fetch_dataset(uri: str, hash_of_content: str = "") -> Path:
-    """Return a local folder with a data set version: `{split}.parquet` for each split, and `dataset.json`.
-
-    The version's content hash is that of its rows, not of its files; it is checked where given.
-    """
-    folder = manifest.fetch(uri)
-    try:
-        there = json.loads((folder / DATASET_FILE).read_bytes())["content_hash"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FailedPrecondition(f"the artifact at {uri} is no data set: {error}", "ARTIFACT_DAMAGED") from error
-    if hash_of_content and there != hash_of_content:
-        raise FailedPrecondition(
-            f"the data set at {uri} has the content hash {there}, but {hash_of_content} was expected", "ARTIFACT_DAMAGED"
-        )
-    return folder
 
 
 def _table(rows: list[Row]) -> Any:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from luthier.v1 import dataset_pb2
-
 from agents.data.readers import Record, kind_of, parse_json
 from agents.data.recognise import Mapped
 from common.errors import Violation
 from common.rows import Message, Row
+from luthier.v1 import dataset_pb2
 
 SPLIT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}

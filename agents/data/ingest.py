@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from google.protobuf import json_format
-from luthier.v1 import dataset_pb2
 
 from agents.data.convert import RowProblem, to_row
 from agents.data.readers import FORMATS, Broken, Source, open_source
@@ -26,9 +25,10 @@ from agents.data.recognise import Mapped, recognise
 from agents.data.report import Tally
 from agents.data.splits import TEST, TRAIN, split_key
 from common import manifest, storage
-from common.errors import AlreadyExists, InvalidArgument, LuthierError, Violation
+from common.errors import InvalidArgument, LuthierError, Violation
 from common.node import node_home
-from common.rows import DATASET_FILE, Row, SplitWriter, iter_split, version_hash
+from common.rows import Row, SplitWriter, iter_split, version_hash
+from luthier.v1 import dataset_pb2
 
 MAX_VIOLATIONS = 20
 MAX_LABELS = 1000
@@ -165,7 +165,7 @@ class _Ingest:
 
 
 def _publish(version: dataset_pb2.DatasetVersion, folder: Path) -> None:
-    # Nothing in here may follow from the file's form: the folder is named by the content alone.
+    # Nothing in here may follow from the file's form: the same rows from another file are the same version.
     description: dict[str, Any] = {
         "format": 1,
         "content_hash": version.content_hash,
@@ -174,14 +174,8 @@ def _publish(version: dataset_pb2.DatasetVersion, folder: Path) -> None:
         "row_count": version.row_count,
         "splits": {split.name: {"rows": split.row_count, "content_hash": split.content_hash} for split in version.splits},
     }
-    (folder / DATASET_FILE).write_text(json.dumps(description, indent=1, sort_keys=True), encoding="utf-8")
-    try:
-        manifest.publish(folder, version.uri)
-    except AlreadyExists:
-        # The same rows from another file: they stand there already, only their line numbers differ.
-        there = json.loads(storage.read_bytes(storage.join(version.uri, DATASET_FILE)))
-        if there["content_hash"] != version.content_hash:
-            raise
+    (folder / "dataset.json").write_text(json.dumps(description, indent=1, sort_keys=True), encoding="utf-8")
+    manifest.publish(folder, version.uri, version.content_hash)
 
 
 def _bad_rows(violations: list[Violation], more: bool) -> InvalidArgument:

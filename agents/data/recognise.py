@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from luthier.v1 import dataset_pb2
-
 from common.errors import InvalidArgument, Violation
+from luthier.v1 import dataset_pb2
 
 # Part of a row -> names a column for it usually has, the part's own name first.
 USUAL: dict[str, tuple[str, ...]] = {

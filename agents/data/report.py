@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
-from luthier.v1 import dataset_pb2
-
 from agents.data.splits import TEST, TRAIN, Keys
 from common.rows import Row
+from luthier.v1 import dataset_pb2
 
 LONG_CHARACTERS = 16_384
 FEW_ROWS = 5

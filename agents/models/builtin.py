@@ -27,6 +27,8 @@ MAX_LENGTH = 1024
 PAD, END = "<|pad|>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 SPECIAL = (PAD, END, *ROLES)
+# Not everywhere installed, or much code and hardly a word of English.
+LEFT_OUT = ("distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "msilib", "pydoc_data", "test", "tkinter", "turtledemo")
 # The generation block marks what an assistant says, for training on whole chats.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -61,11 +63,11 @@ def tiny_config(pieces: int) -> LlamaConfig:
     """Return the shape of the model: about four million parameters."""
     return LlamaConfig(
         vocab_size=pieces,
-        hidden_size=256,
-        intermediate_size=704,
+        hidden_size=192,
+        intermediate_size=512,
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=6,
+        num_key_value_heads=6,
         max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=True,
         pad_token_id=SPECIAL.index(PAD),
@@ -122,5 +124,5 @@ def sources() -> Iterator[Path]:
         module, package = root / f"{name}.py", root / name
         if module.is_file():
             yield module
-        elif package.is_dir() and name not in ("test", "idlelib", "lib2to3"):
+        elif package.is_dir() and name not in LEFT_OUT:
             yield from sorted(path for path in package.rglob("*.py") if not {"test", "tests"} & set(path.relative_to(root).parts))

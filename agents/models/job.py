@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from luthier.agent.v1 import agent_pb2
-from luthier.v1 import job_pb2
-
 from agents.failures import check_wish
 from agents.link import Link
 from agents.models.resolve import materialise
@@ -12,6 +9,8 @@ from common import manifest
 from common.chat import template_sha256
 from common.errors import InvalidArgument
 from common.model_files import check_model_folder, read_chat_template
+from luthier.agent.v1 import agent_pb2
+from luthier.v1 import job_pb2
 
 
 def run(link: Link, claim: agent_pb2.ClaimRunResponse) -> agent_pb2.OutcomeReport:

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from luthier.agent.v1 import agent_pb2
-
 from agents.models import hub
 from agents.models.files import gather
 from common import manifest, storage
 from common.errors import InvalidArgument, NotFound
 from common.model_files import check_model_folder
 from common.node import node_home
+from luthier.agent.v1 import agent_pb2
 
 TINY = "builtin:tiny"
 

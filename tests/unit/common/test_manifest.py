@@ -155,3 +155,24 @@ def test_processes_that_fetch_at_once_get_the_same_folder(source, uri, tmp_path)
     assert folders == {str(tmp_path / "node" / "artifacts" / sha256)}
     assert manifest.verify(tmp_path / "node" / "artifacts" / sha256).sha256 == sha256
     assert {path.name for path in (tmp_path / "node" / "artifacts").iterdir()} == {sha256, f"{sha256}.json"}
+
+
+def test_content_that_is_more_than_bytes_declares_its_hash(source, uri):
+    first = manifest.publish(source, uri, "a" * 64)
+    flip(source / "weights")
+    assert manifest.publish(source, uri, "a" * 64) == first
+    assert manifest.fetch(uri).name == "a" * 64
+    assert manifest.fetch(uri, "a" * 64) == manifest.fetch(uri)
+    assert manifest.verify(manifest.fetch(uri, first.sha256)) == first
+    with pytest.raises(AlreadyExists):
+        manifest.publish(source, uri, "b" * 64)
+    with pytest.raises(FailedPrecondition, match="was expected"):
+        manifest.fetch(uri, "b" * 64)
+
+
+@pytest.mark.parametrize("text", ["../../etc", "A" * 64, "0" * 63])
+def test_a_hash_that_is_none_is_refused(source, uri, text):
+    with pytest.raises(InvalidArgument, match="not a SHA-256"):
+        manifest.fetch(uri, text)
+    with pytest.raises(InvalidArgument, match="not a SHA-256"):
+        manifest.publish(source, uri, text)

@@ -14,7 +14,7 @@ import pytest
 from agents.data import ingest as ingest_module
 from common import manifest
 from common.errors import FailedPrecondition, InvalidArgument
-from common.rows import Row, content_hash, fetch_dataset, read_split
+from common.rows import Row, content_hash, read_split
 from luthier.v1 import dataset_pb2
 
 TICKETS = [
@@ -37,7 +37,7 @@ def as_parquet(rows, path):
 
 
 def rows_of(version, split):
-    return read_split(fetch_dataset(version.uri, version.content_hash) / f"{split}.parquet")
+    return read_split(manifest.fetch(version.uri, version.content_hash) / f"{split}.parquet")
 
 
 def test_rows_arrive_as_they_were_written(take, jsonl):
@@ -149,9 +149,11 @@ def test_chats_and_completions_with_labels_are_kept(take, jsonl):
 def test_a_version_is_a_whole_artifact(take, jsonl):
     version = take("a.jsonl", jsonl(TICKETS))
     folder = manifest.fetch(version.uri)
+    assert folder == manifest.fetch(version.uri, version.content_hash)
     assert set(manifest.verify(folder).files) == {"train.parquet", "test.parquet", "dataset.json"}
+    assert json.loads((folder / "dataset.json").read_text())["content_hash"] == version.content_hash
     with pytest.raises(FailedPrecondition, match="was expected"):
-        fetch_dataset(version.uri, "0" * 64)
+        manifest.fetch(version.uri, "0" * 64)
 
 
 def test_nothing_is_left_in_the_scratch_folder(take, jsonl, tmp_path):
