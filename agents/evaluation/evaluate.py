@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from luthier.v1 import evaluation_pb2
-
 from agents.evaluation.classification import classify
 from agents.evaluation.labels import LabelReader, find_reader
 from common.chat import messages_of
 from common.errors import InvalidArgument, LuthierError
 from common.rows import Row
+from luthier.v1 import evaluation_pb2
 from serving.engines import Engine, SamplingParams, Score, load_engine
 
 _Thing = TypeVar("_Thing")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from luthier.agent.v1 import agent_pb2
-from luthier.v1 import job_pb2
-
 from agents.evaluation.evaluate import headline
 from agents.evaluation.remote import evaluate_remotely
 from agents.link import Link
 from agents.models.resolve import materialise
+from luthier.agent.v1 import agent_pb2
+from luthier.v1 import job_pb2
 
 __all__ = ["evaluate_remotely", "run"]
 

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from luthier.v1 import evaluation_pb2, job_pb2
-
 from agents.failures import RunCancelled
 from agents.link import Link
 from common import manifest
 from common.errors import Internal, InvalidArgument, Violation
 from common.rows import read_split
+from luthier.v1 import evaluation_pb2, job_pb2
 
 logger = logging.getLogger(__name__)
 

@@ -6,13 +6,13 @@ import threading
 import time
 
 import pytest
-from luthier.v1 import job_pb2
 
 from agents.evaluation.remote import evaluate_remotely
 from agents.failures import RunCancelled
 from common import manifest
 from common.errors import InvalidArgument
 from common.rows import Row, write_split
+from luthier.v1 import job_pb2
 from tests.integration.serving.conftest import build_micro_llama
 
 pytestmark = pytest.mark.usefixtures("private_ray")

@@ -4,11 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 import pytest
-from luthier.v1 import evaluation_pb2
 
 from agents.evaluation.evaluate import headline, sample, score_rows
 from common.errors import InvalidArgument
 from common.rows import Message, Row
+from luthier.v1 import evaluation_pb2
 from serving.engines import Completion, Engine, Request, Score
 
 LIMIT = 200

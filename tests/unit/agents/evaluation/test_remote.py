@@ -4,10 +4,10 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from luthier.v1 import evaluation_pb2, job_pb2
 
 from agents.evaluation import remote
 from common.errors import Internal, InvalidArgument
+from luthier.v1 import evaluation_pb2, job_pb2
 
 
 class TaskError(Exception):

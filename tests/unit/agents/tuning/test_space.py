@@ -6,7 +6,7 @@ import sys
 import pytest
 from google.protobuf import json_format
 
-from agents.tuning.space import Search, as_text, grid_size, with_values
+from agents.tuning.space import Search, as_text, check_values, grid_size, settle, with_values
 from common.errors import InvalidArgument
 from luthier.v1 import sweep_pb2, training_pb2
 
@@ -136,3 +136,34 @@ def test_values_as_text():
 def test_importing_it_brings_in_neither_ray_nor_torch():
     code = "import sys, agents.tuning.space; sys.exit(bool({'ray', 'torch'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_values_that_the_fine_tune_refuses_are_named_before_a_trial_starts():
+    spec = sweep(
+        {
+            "hyperparameters.batch_size": {"choice": {"values": ["0", "8"]}},
+            "lora.rank": {"integer": {"min": 1, "max": 5000}},
+            "hyperparameters.warmup_ratio": {"uniform": {"min": 0, "max": 2}},
+            "hyperparameters.max_steps": {"integer": {"min": 1, "max": 2**40}},
+        },
+        trials=1,
+        finetune={"base": "builtin:tiny", "method": "full"},
+    )
+    with pytest.raises(InvalidArgument) as caught:
+        check_values(spec.finetune, Search.of(spec))
+    said = {violation.field.rpartition(".")[2]: violation.description for violation in caught.value.violations}
+    assert said["batch_size"].startswith("0: has to be at least 1")
+    assert said["rank"].startswith("5000: has to be between 1 and 1024")
+    assert said["warmup_ratio"].startswith("2: ")
+    assert said["max_steps"].startswith(str(2**40))
+
+
+def test_a_fine_tune_that_is_wrong_by_itself_is_told_as_it_is():
+    spec = sweep(LR, trials=1, finetune={"hyperparameters": {"batch_size": -1}})
+    with pytest.raises(InvalidArgument) as caught:
+        check_values(spec.finetune, Search.of(spec))
+    assert [violation.field for violation in caught.value.violations] == ["hyperparameters.batch_size"]
+
+
+def test_a_trial_runs_with_the_number_that_it_shows():
+    assert settle({"b": 0.000123456789, "a": 8}) == {"a": 8, "b": 0.000123457}
