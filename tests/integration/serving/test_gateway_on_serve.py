@@ -27,6 +27,8 @@ from coordinator.cluster.serve_config import (
 )
 from serving.engines import SamplingParams, load_engine
 
+pytestmark = pytest.mark.slow
+
 QUESTION = [{"role": "user", "content": "my invoice is wrong, größer 東京"}]
 
 
