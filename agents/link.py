@@ -35,6 +35,7 @@ _STALE = (
     grpc.StatusCode.NOT_FOUND,
 )
 
+OUR_LOGGERS = ("agents", "common", "serving", "luthier", "__main__")
 # Never forwarded to the coordinator: the link must not report on its own failures to report.
 logger = logging.getLogger("luthier.link")
 
@@ -337,7 +338,7 @@ class Link:
 
 
 class LinkHandler(logging.Handler):
-    """Forwards Python logging to the coordinator as log lines."""
+    """Forwards Python logging to the coordinator as log lines; of other people's libraries only warnings and errors."""
 
     def __init__(self, link: Link, level: int = logging.INFO) -> None:
         super().__init__(level)
@@ -345,7 +346,7 @@ class LinkHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queue one record; never raises and never blocks on the network."""
-        if record.name.startswith((logger.name, "grpc")):
+        if record.name.startswith((logger.name, "grpc")) or (record.levelno < logging.WARNING and not _is_ours(record.name)):
             return
         try:
             self._link.log(_level_name(record.levelno), self.format(record), record.created)
@@ -368,6 +369,10 @@ def install_logging(link: Link, level: int = logging.INFO) -> None:
     root.setLevel(min(level, root.level or level))
     for noisy in ("httpx", "httpcore", "urllib3", "fsspec", "filelock", "DeepSpeed", "datasets", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _is_ours(name: str) -> bool:
+    return name.partition(".")[0] in OUR_LOGGERS
 
 
 def _level_name(number: int) -> str:

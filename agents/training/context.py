@@ -66,6 +66,11 @@ class TrainContext:
         """Whether this is rank 0."""
         return self.rank == 0
 
+    def phase(self, phase: str, message: str) -> None:
+        """Report a new phase, from rank 0 only."""
+        if self.is_main:
+            self.reporter.phase(phase, message)
+
     def should_stop(self) -> bool:
         """Whether the run is asked to stop, the same answer on every rank. All ranks have to call it at the same step."""
         if self.world_size == 1:

@@ -41,8 +41,11 @@ def limit_threads(cpus: float) -> None:
     torch.set_num_threads(threads)
 
 
-def skip_kernel_build() -> None:
-    """Keep DeepSpeed from compiling its shared-memory all-reduce: it serves inference only, and costs a compiler and a minute."""
+def join_deepspeed(use_gpu: bool) -> None:
+    """Hand the process group to DeepSpeed. ZeRO-3 asks for its size while weights are loaded, before there is an engine."""
+    import deepspeed
     from deepspeed import ops
 
+    # DeepSpeed would compile a shared-memory all-reduce, which serves inference only and costs a compiler and a minute.
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if use_gpu else "gloo", auto_mpi_discovery=False, verbose=False)

@@ -22,7 +22,7 @@ from agents.training.context import TrainContext, TrainedModel
 from agents.training.data import Example, tokenise_split
 from agents.training.deepspeed_config import deepspeed_config
 from agents.training.distributed import sums
-from agents.training.environment import limit_threads, skip_kernel_build
+from agents.training.environment import join_deepspeed, limit_threads
 from agents.training.saving import save_model
 from common.errors import InvalidArgument, Violation
 from common.rows import read_split
@@ -47,7 +47,7 @@ def run_sft(context: TrainContext, model_kind: str, peft_config: PeftConfig | No
     """Fine-tune on this rank and leave the model in the context's output folder. Every rank has to call it."""
     config = context.config
     limit_threads(config.cpus_per_worker)
-    skip_kernel_build()
+    join_deepspeed(context.use_gpu)
     disable_progress_bar()
     disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(context.base_dir, trust_remote_code=False, local_files_only=True)
@@ -74,7 +74,7 @@ def run_sft(context: TrainContext, model_kind: str, peft_config: PeftConfig | No
     if context.trial_reports is not None:
         held_out = _dataset(_examples(context, tokenizer, context.trial_reports.split, context.trial_reports.max_rows))
         callback.hold_out(lambda: held_out_loss(trainer, held_out, context.use_gpu))
-    context.reporter.phase("training", f"training {config.method} on {len(examples)} rows with {context.world_size} workers")
+    context.phase("training", f"training {config.method} on {len(examples)} rows with {context.world_size} workers")
     started = time.monotonic()
     trainer.train()
     seconds = time.monotonic() - started
@@ -84,7 +84,7 @@ def run_sft(context: TrainContext, model_kind: str, peft_config: PeftConfig | No
         )
     folder = context.output_dir / "model"
     if not callback.stopped:
-        context.reporter.phase("saving", "writing the trained model")
+        context.phase("saving", "writing the trained model")
         save_model(trainer, tokenizer, folder, context.base_name, context.is_main)
     metrics = {
         "train_loss": _tail_mean(callback.losses),

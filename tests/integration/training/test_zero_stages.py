@@ -57,8 +57,9 @@ def runs(work: Path) -> dict[str, dict[str, Any]]:
         "data": str(work / "data"),
         "out": str(work / "out"),
         "runs": [
-            *({"name": f"zero{stage}", "spec": _spec("full", stage)} for stage in range(3)),
+            # Stage 3 comes first: it needs what the other stages would have set up by then.
             {"name": "zero3", "spec": _spec("full", 3, **kept), "storage": (work / "storage" / "zero3").as_uri()},
+            *({"name": f"zero{stage}", "spec": _spec("full", stage)} for stage in range(3)),
             {"name": "lora2", "spec": _spec("lora", 2)},
             {"name": "lora3", "spec": _spec("lora", 3)},
             {"name": "bf16", "spec": _spec("full", 2, precision="PRECISION_BF16")},

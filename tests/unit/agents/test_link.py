@@ -240,15 +240,20 @@ def test_the_config_pickles_and_does_not_print_its_secret(fake: FakeCoordinator)
 
 
 def test_python_logging_reaches_the_coordinator(fake: FakeCoordinator) -> None:
-    logger = logging.getLogger("test.training")
+    logger = logging.getLogger("agents.test")
     with _link(fake) as link:
         handler = LinkHandler(link)
         logger.addHandler(handler)
+        noisy = logging.getLogger("library")
+        noisy.addHandler(handler)
         try:
+            noisy.setLevel(logging.DEBUG)
+            noisy.info("how the library does")
             logger.warning("loss is %s", 3)
             logger.debug("not this")
         finally:
             logger.removeHandler(handler)
+            noisy.removeHandler(handler)
         assert link.flush(5)
     lines = [line for report in fake.of("rank-0", "log") for line in report.lines]
     assert [(line.level, line.message, line.source) for line in lines] == [("warning", "loss is 3", "rank-0")]
