@@ -76,7 +76,9 @@ class TrainConfig:
             max_grad_norm=_given(hyper, "max_grad_norm", 1.0),
             scheduler=_given(hyper, "scheduler", "linear"),
             seed=_given(hyper, "seed", 42),
-            lora=LoraSettings(rank, _given(lora, "alpha", 2.0 * rank), _given(lora, "dropout", 0.0), tuple(lora.target_modules)),
+            lora=LoraSettings(
+                rank, _given(lora, "alpha", 2.0 * max(rank, 1)), _given(lora, "dropout", 0.0), tuple(lora.target_modules)
+            ),
             zero_stage=_given(spec.sharding, "zero_stage", 2),
             workers=spec.workers or 1,
             cpus_per_worker=_given(resources, "cpus", 1.0),
