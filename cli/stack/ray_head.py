@@ -55,7 +55,7 @@ def ensure_token(home: Path) -> Path:
 
 
 def temp_dir(home: Path) -> Path:
-    """The folder for Ray's sessions: in the home, or where its socket paths would be too long, below a short one of the user's own.
+    """The folder for Ray's sessions: in the home, or where its socket paths would be too long, below one in /tmp.
 
     Ray opens this folder to everybody, so it is the folder around it that keeps others out.
     """
@@ -86,6 +86,8 @@ def environment(state: RayState, home: Path, inherited: Mapping[str, str]) -> di
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": state.token_path,
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Draining waits for work to move to another node, and here is none.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         # The only switch that keeps a Linux node on loopback: --node-ip-address turns 127.0.0.1 into the host's address.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "AUTOSCALER_METRIC_PORT": str(state.ports["autoscaler_metrics"]),
