@@ -48,4 +48,17 @@ def join_deepspeed(use_gpu: bool) -> None:
 
     # DeepSpeed would compile a shared-memory all-reduce, which serves inference only and costs a compiler and a minute.
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon_uncompiled()
     deepspeed.init_distributed("nccl" if use_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def _import_muon_uncompiled() -> None:
+    """DeepSpeed imports Muon to ask whether it is in use, and that pulls in all of torch's compiler: five seconds a rank."""
+    from deepspeed.runtime import compiler
+
+    compile_function = compiler.compile
+    compiler.compile = lambda *_, **__: lambda function: function
+    try:
+        from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compile_function

@@ -12,7 +12,7 @@ import os
 import shutil
 import socket
 import sys
-import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,10 +89,11 @@ def train_locally(
         _init_process_group(use_gpu)
     rank = dist.get_rank()
     reporter = reporter or (PrintingReporter() if rank == 0 else SilentReporter())
-    scratch = Path(tempfile.mkdtemp(prefix=".luthier-", dir=out.parent)) if rank == 0 else out.parent
-    shared: list[Any] = [str(scratch)]
-    dist.broadcast_object_list(shared, src=0, device=torch.device("cuda") if use_gpu else None)
-    scratch = Path(shared[0])
+    # The ranks of a node share a folder; nodes need not share anything.
+    name: list[Any] = [f".luthier-{uuid.uuid4().hex}"]
+    dist.broadcast_object_list(name, src=0, device=torch.device("cuda") if use_gpu else None)
+    scratch = out.parent / name[0]
+    scratch.mkdir(parents=True, exist_ok=True)
     context = TrainContext(
         config=config,
         base_dir=base,
@@ -110,9 +111,9 @@ def train_locally(
         trained = find_method(config.method).run(context)
         if rank == 0:
             trained.local_dir.replace(out)
+        dist.barrier()
     finally:
-        if rank == 0:
-            shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
         if alone:
             dist.destroy_process_group()
     engine = json_format.MessageToDict(trained.engine, preserving_proto_field_name=True)

@@ -1,7 +1,8 @@
 """Runs a list of fine-tunes in several processes over gloo, as torchrun would start them: `python training_ranks.py PLAN RANK`.
 
-The plan is JSON: {port, world_size, base, data, out, runs: [{name, spec, storage?}]}. Rank 0 writes OUT/{name}.json
-after each run, with the losses of every step. All runs share the processes, because importing torch and DeepSpeed takes longer than training.
+The plan is JSON: {port, world_size, base, data, out, runs: [{name, spec, storage?, nodes?}]}. Rank 0 writes OUT/{name}.json
+after each run, with the losses of every step. With `nodes` every rank has a home of its own, as on a node of its own. All runs
+share the processes, because importing torch and DeepSpeed takes longer than training.
 """
 
 from __future__ import annotations
@@ -73,11 +74,13 @@ def _main(plan_path: str, rank: int) -> None:
     for run in plan["runs"]:
         recorder = Recorder()
         spec = json_format.ParseDict(run["spec"], training_pb2.FinetuneSpec())
+        node = f"node-{rank}" if run.get("nodes") else ""
+        os.environ["LOCAL_RANK"] = "0" if node else str(rank)
         result = local.train_locally(
             spec,
             Path(plan["base"]),
             Path(plan["data"]),
-            out / run["name"],
+            out / node / run["name"],
             use_gpu=False,
             run_uri=run.get("storage", ""),
             reporter=recorder,

@@ -63,6 +63,7 @@ def runs(work: Path) -> dict[str, dict[str, Any]]:
             {"name": "lora2", "spec": _spec("lora", 2)},
             {"name": "lora3", "spec": _spec("lora", 3)},
             {"name": "bf16", "spec": _spec("full", 2, precision="PRECISION_BF16")},
+            {"name": "apart", "spec": _spec("full", 2, **kept), "storage": (work / "storage" / "apart").as_uri(), "nodes": True},
         ],
     }
     return _support("training_ranks").run_plan(plan, work)
@@ -145,14 +146,20 @@ def test_a_lora_saves_an_adapter_that_loads_and_points_nowhere(runs: dict[str, d
     assert sum(score.logprob for score in tuned.score(pairs)) > sum(score.logprob for score in base.score(pairs)) + 5
 
 
-def test_checkpoints_are_whole_and_only_the_latest_are_kept(runs: dict[str, dict[str, Any]], work: Path) -> None:
-    told = runs["zero3"]["checkpoints"]
+@pytest.mark.parametrize("name", ["zero3", "apart"])
+def test_checkpoints_are_whole_and_only_the_latest_are_kept(
+    runs: dict[str, dict[str, Any]], work: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = runs[name]["checkpoints"]
     assert [uri.rpartition("/")[2] for uri in told] == ["step-3", "step-6", f"step-{STEPS}"]
     there = [uri for uri in told if storage.exists(storage.join(uri, manifest.NAME))]
     assert there == told[-1:]
-    files = manifest.read(there[0]).files
-    assert sum(name.endswith("optim_states.pt") for name in files) == 2, sorted(files)
+    monkeypatch.setenv("LUTHIER_NODE_HOME", str(work / "elsewhere"))
+    files = manifest.verify(manifest.fetch(there[0])).files
+    assert sum(file.endswith("optim_states.pt") for file in files) == 2, sorted(files)
     assert {"rng_state_0.pth", "rng_state_1.pth", "trainer_state.json"} <= files.keys()
-    for name, entry in files.items():
-        assert len(storage.read_bytes(storage.join(there[0], name))) == entry.size
-    assert not list((work / "out").glob(".luthier-*")), "scratch folders are left"
+    assert not list((work / "out").rglob(".luthier-*")), "scratch folders are left"
+
+
+def test_ranks_without_a_common_disk_learn_the_same(runs: dict[str, dict[str, Any]]) -> None:
+    assert runs["apart"]["losses"] == pytest.approx(runs["zero2"]["losses"], abs=1e-6)
