@@ -126,7 +126,7 @@ def follower(out: Output) -> Iterator[Follower]:
         yield LiveFollower(bar)
 
 
-def follow(cli: Cli, job: Job) -> Job:
+def follow(cli: Cli, job: Job, outlives_us: bool = True) -> Job:
     """Show a job on stderr until it has ended, and return it as it ended. Ctrl-C stops the showing, not the job."""
     ended = None
     try:
@@ -136,8 +136,9 @@ def follow(cli: Cli, job: Job) -> Job:
                 if item.HasField("job"):
                     ended = item.job
     except KeyboardInterrupt:
-        name = short_name(job.name)
-        cli.out.say(f"\nthe job goes on; `luthier job watch {name}` follows it, `luthier job cancel {name}` ends it")
+        if outlives_us:
+            name = short_name(job.name)
+            cli.out.say(f"\nthe job goes on; `luthier job watch {name}` follows it, `luthier job cancel {name}` ends it")
         raise
     return ended or cli.client.get_job(job.name)
 

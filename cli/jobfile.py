@@ -68,7 +68,8 @@ def _load(text: str, name: str) -> tuple[Any, Lines]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}" if mark else ""
-        raise Failure(f"{name}{where}: {error.problem or error.context or 'not YAML'}", USAGE) from error
+        what = " ".join(text for text in (error.context, error.problem) if text) or "not YAML"
+        raise Failure(f"{name}{where}: {what}", USAGE) from error
     except yaml.YAMLError as error:
         raise Failure(f"{name}: {error}", USAGE) from error
     finally:
@@ -121,7 +122,10 @@ def fill(message: Message, data: Mapping[str, Any], path: str, source: str, line
             fill(child, value, here, source, lines)
             continue
         try:
-            json_format.ParseDict({field.name: _plain(value)}, message)
+            parsed = json_format.ParseDict({field.name: _plain(value)}, type(message)())
+            if not _is_map(field):
+                message.ClearField(field.name)
+            message.MergeFrom(parsed)
         except (json_format.ParseError, TypeError, ValueError, AttributeError) as error:
             raise _bad(source, lines, here, f"{value!r} is not {_wanted(field)}") from error
 
@@ -133,6 +137,10 @@ def _is_plain_message(field: Any) -> bool:
     return not kind.full_name.startswith("google.protobuf.")
 
 
+def _is_map(field: Any) -> bool:
+    return field.message_type is not None and bool(field.message_type.GetOptions().map_entry)
+
+
 def _plain(value: Any) -> Any:
     """Spell numbers that JSON does not know the way protobuf does."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -141,7 +149,7 @@ def _plain(value: Any) -> Any:
 
 
 def _wanted(field: Any) -> str:
-    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+    if _is_map(field):
         return "a mapping that fits"
     if field.is_repeated:
         return "a list that fits"

@@ -98,7 +98,7 @@ def run(cli: Cli, home: Path, say: Callable[[str], None]) -> Outcome:
 
     say(f"4/6  fine-tuning builtin:tiny with {WORKERS} workers on DeepSpeed ZeRO-{ZERO_STAGE}, scored before and after")
     job = cli.client.create_job(Job(display_name="luthier demo", finetune=spec(short_name(dataset.name))))
-    job = follow(cli, job)
+    job = follow(cli, job, outlives_us=False)
     if not succeeded(job):
         raise Failure(f"the fine-tune failed: {_root_cause(job)}")
     cli.out.table(scores_table(job, classical))

@@ -18,6 +18,8 @@ from cli.stack.state import ProcessRef
 MARK = "LUTHIER_STACK"
 PART = "LUTHIER_STACK_PART"
 
+KILL_SECONDS = 15.0
+
 
 def spawn(command: Sequence[str], environment: Mapping[str, str], home: Path, part: str) -> ProcessRef:
     """Start a process that outlives this one, its output going to `<home>/logs/{part}.log`."""
@@ -96,17 +98,28 @@ def reap(home: Path, part: str = "", folders: Iterable[str] = (), grace: float =
     Raises Failure where one cannot be ended.
     """
     folders = tuple(folders)
-    ended: set[int] = set()
+    known: dict[int, psutil.Process] = {}
+    asked: set[int] = set()
     patience = time.monotonic() + grace
-    while left := members(home, part, folders):
+    while True:
+        known |= {process.pid: process for process in members(home, part, folders)}
+        # Also those that can no longer be told from others, because the parent that they were known by has ended.
+        left = [process for process in known.values() if _runs(process)]
+        if not left:
+            return sorted(known)
+        if time.monotonic() > patience + KILL_SECONDS:
+            raise Failure(f"these processes of {home} cannot be ended: {', '.join(str(process.pid) for process in left)}")
         for process in left:
             with suppress(psutil.Error):
-                if time.monotonic() < patience and process.pid not in ended:
-                    process.terminate()
-                elif time.monotonic() >= patience:
+                if time.monotonic() >= patience:
                     process.kill()
-            ended.add(process.pid)
+                elif process.pid not in asked:
+                    asked.add(process.pid)
+                    process.terminate()
         psutil.wait_procs(left, timeout=0.3)
-        if time.monotonic() > patience + 15:
-            raise Failure(f"these processes of {home} cannot be ended: {', '.join(str(p.pid) for p in left)}")
-    return sorted(ended)
+
+
+def _runs(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False

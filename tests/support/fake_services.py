@@ -6,6 +6,7 @@ queue failures with `fail`, and cut its streams with `cut_streams_after`.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -124,6 +125,9 @@ class FakeCoordinator:
         self.port = server.add_insecure_port(f"127.0.0.1:{self.port}")
         server.start()
         self._server = server
+        self.status.coordinator.address, self.status.coordinator.pid = self.address, os.getpid()
+        self.status.gateway.url, self.status.gateway.state = self.gateway_url, "not_started"
+        self.status.ray.address, self.status.ray.connected = "http://127.0.0.1:8265", True
 
     def stop(self) -> None:
         """Go away at once, with every stream."""
@@ -142,7 +146,9 @@ class FakeCoordinator:
     def enter(self, context: grpc.ServicerContext, method: str, request: Any) -> None:
         """Record a call, check its key, and fail it where a failure is queued."""
         metadata = {key: str(value) for key, value in context.invocation_metadata()}
-        self.calls.append(Recorded(method, request, metadata))
+        kept = type(request)()
+        kept.CopyFrom(request)
+        self.calls.append(Recorded(method, kept, metadata))
         if self._failures[method]:
             refuse(context, self._failures[method].popleft())
         if metadata.get("authorization") != f"Bearer {self.token}":
