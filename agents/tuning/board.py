@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,8 +13,9 @@ from agents.tuning.space import Search, as_text, settle
 from luthier.agent.v1 import agent_pb2
 from luthier.v1 import job_pb2, sweep_pb2
 
-# Keys of what a trial reports to Ray Tune: its latest figures, and at its end the outcome, or the root cause, in hex.
-FIGURES, OUTCOME, FAILURE = "figures", "outcome", "failure"
+# Keys of what a trial reports to Ray Tune: its latest figures, the place its ranks hold, and at its end the outcome, or the root
+# cause, in hex.
+FIGURES, PLACE, OUTCOME, FAILURE = "figures", "place", "outcome", "failure"
 
 _STATES = {
     "PENDING": sweep_pb2.TRIAL_STATE_PENDING,
@@ -61,11 +62,12 @@ class _Entry:
 
 @dataclass
 class Board:
-    """All trials of a sweep."""
+    """All trials of a sweep. `release` is called with the place of a trial that was stopped early."""
 
     listener: Listener
     search: Search
     wished: threading.Event = field(default_factory=threading.Event)
+    release: Callable[[str], None] = lambda _: None
     _entries: dict[str, _Entry] = field(default_factory=dict)
     _failures: list[job_pb2.JobError] = field(default_factory=list)
 
@@ -127,6 +129,8 @@ class Board:
             failure = self._failure(name, result)
             self._failures.append(failure)
             now.error = failure.message
+        if state == sweep_pb2.TRIAL_STATE_PRUNED and result.get(PLACE):
+            self.release(result[PLACE])
         now.seconds = entry.told.seconds  # a clock that ticks is no change
         if now == entry.told:
             return False

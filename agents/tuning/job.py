@@ -15,7 +15,7 @@ from agents.link import Link
 from agents.models.resolve import Base, materialise
 from agents.training.config import TrainConfig
 from agents.tuning.board import Board
-from agents.tuning.search import make_tuner
+from agents.tuning.search import make_tuner, release
 from agents.tuning.space import Search, check_values
 from agents.tuning.trial import TrialPlan, score, trainable, trial_folder
 from common import manifest, storage
@@ -50,7 +50,7 @@ def run(link: Link, claim: agent_pb2.ClaimRunResponse) -> agent_pb2.OutcomeRepor
         check_wish(link)
 
     link.phase("searching", f"{search.trials} trials by {search.algorithm} search, {search.concurrent} at a time")
-    board = Board(link, search, link.wished)
+    board = Board(link, search, link.wished, release)
     plan = TrialPlan(
         link=link.config,
         claim=claim.SerializeToString(),

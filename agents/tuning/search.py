@@ -9,9 +9,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from ray import tune
+from ray import PlacementGroupID, tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from agents.tuning.board import Board
 from agents.tuning.space import Dimension, Search, Value
@@ -53,6 +54,14 @@ def make_tuner(search: Search, trial: Callable[[dict[str, Value]], None], board:
             failure_config=tune.FailureConfig(max_failures=0),
         ),
     )
+
+
+def release(place: str) -> None:
+    """Give the place of a trial's ranks back to the cluster, and end them.
+
+    Ray Tune kills a trial that it stops, and Ray Train with it; what Ray Train had reserved would be held until the sweep ends.
+    """
+    remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(place))))
 
 
 def _domain(one: Dimension, grid: bool) -> Any:

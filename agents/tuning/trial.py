@@ -16,7 +16,7 @@ from agents.training.config import TrainConfig
 from agents.training.job import final_metrics, produced_model
 from agents.training.ray_entry import resources, run_training
 from agents.training.worker import TrainPayload, TrainResult
-from agents.tuning.board import FAILURE, FIGURES, OUTCOME, trial_name
+from agents.tuning.board import FAILURE, FIGURES, OUTCOME, PLACE, trial_name
 from agents.tuning.space import Value, settle, with_values
 from common import storage
 from common.errors import InvalidArgument
@@ -205,15 +205,19 @@ def _train(payload: TrainPayload, report: Callable[[dict[str, Any]], None]) -> T
 
     def train() -> None:
         try:
-            ended.append(run_training(payload, callbacks=[_forward_to(reports)]))
+            ended.append(run_training(payload, callbacks=_callbacks(reports)))
         except BaseException as error:  # raised again below, in the trial's own thread
             ended.append(error)
 
     thread = threading.Thread(target=train, name="train", daemon=True)
     thread.start()
+    place = ""
     try:
-        for figures in _received(reports, thread, Empty):
-            report({**figures, FIGURES: figures})
+        for item in _received(reports, thread, Empty):
+            if isinstance(item, str):
+                place = item
+            else:
+                report({**item, FIGURES: item, PLACE: place})
     finally:
         reports.shutdown(force=True)
     if isinstance(ended[0], BaseException):
@@ -221,7 +225,7 @@ def _train(payload: TrainPayload, report: Callable[[dict[str, Any]], None]) -> T
     return ended[0]
 
 
-def _received(reports: Any, thread: threading.Thread, empty: type[Exception]) -> Iterator[dict[str, float]]:
+def _received(reports: Any, thread: threading.Thread, empty: type[Exception]) -> Iterator[dict[str, float] | str]:
     """Yield what arrives until the training has ended and nothing is left."""
     while True:
         alive = thread.is_alive()
@@ -232,12 +236,17 @@ def _received(reports: Any, thread: threading.Thread, empty: type[Exception]) ->
                 return
 
 
-def _forward_to(reports: Any) -> Any:
-    """Return the callback that runs in Ray Train's controller and passes rank 0's figures on."""
+def _callbacks(reports: Any) -> list[Any]:
+    """Return what runs in Ray Train's controller: it passes on rank 0's figures, and the place that the ranks hold."""
     from ray.train import UserCallback
+    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
-    class Forward(UserCallback):
+    class Figures(UserCallback):
         def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
             reports.put({name: float(value) for name, value in metrics[0].items()})
 
-    return Forward()
+    class Place(WorkerGroupCallback):
+        def after_worker_group_start(self, worker_group: Any) -> None:
+            reports.put(worker_group.get_worker_group_state().placement_group_handle.placement_group.id.hex())
+
+    return [Figures(), Place()]

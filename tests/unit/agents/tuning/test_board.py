@@ -135,3 +135,16 @@ def test_progress_counts_trials(recorder):
     board.look([done(0, 2.0), done(1, 1.5), tune_trial(2, "RUNNING")])
     word = recorder.words[-1]
     assert (word.step, word.total_steps, word.phase, word.loss) == (2, 4, "searching", 1.5)
+
+
+def test_the_place_of_a_pruned_trial_is_given_back_once(recorder):
+    places = []
+    board = Board(recorder, search(), release=places.append)
+    pruned, completed = tune_trial(0, "RUNNING", {"eval_loss": 3.0}), done(1, 1.0)
+    pruned.last_result["place"] = completed.last_result["place"] = "abcd"
+    board.look([pruned, completed])
+    assert places == []
+    pruned.status = "TERMINATED"
+    board.look([pruned, completed])
+    board.look([pruned, completed])
+    assert places == ["abcd"]
