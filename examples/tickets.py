@@ -18,7 +18,8 @@ from pathlib import Path
 SEED = 7
 TRAIN_ROWS, TEST_ROWS = 2400, 320
 SMALL_ROWS = 200
-MAX_WORDS = 36
+MAX_WORDS = 38
+SETTLED_PART, ASIDE_PART, NEUTRAL_PART = 0.12, 0.5, 0.23
 URGENCIES = {"low": 0.25, "normal": 0.45, "high": 0.3}
 
 SLOTS: dict[str, list[str]] = {
@@ -259,6 +260,20 @@ ASIDES: dict[str, tuple[list[str], list[str]]] = {
     ),
 }
 
+# Quotes an earlier problem, of another category, in front of the present one or behind it: only the order of words tells which.
+SETTLED: tuple[list[str], list[str]] = (
+    [
+        "My earlier question is settled: {quote}",
+        "Please forget my mail from {date}: {quote}",
+        "You solved this last time, thanks: {quote}",
+        "Done already, no answer needed: {quote}",
+    ],
+    [
+        "My mail from {date} is settled already: {quote}",
+        "You solved my earlier question, thanks, no answer needed: {quote}",
+    ],
+)
+
 NEUTRAL: tuple[list[str], list[str]] = (
     [
         "I have been a customer for many years.",
@@ -317,15 +332,20 @@ SLOTS["name"] = ["Anna", "Ben", "Carla", "David", "Eva", "Felix", "Grace", "Hugo
 def ticket(rng: random.Random, category: str, urgency: str, held_out: bool) -> str:
     """Return the text of one ticket."""
     which = int(held_out)
-    aside = rng.choice([other for other in PROBLEMS if other != category])
-    middle = [rng.choice(PROBLEMS[category][which])]
-    if rng.random() < 0.5:
-        middle.insert(rng.randrange(2), rng.choice(ASIDES[aside][which]))
-    if rng.random() < 0.35:
-        middle.insert(rng.randrange(len(middle) + 1), rng.choice(NEUTRAL[which]))
-    said = rng.choice(URGENCY[urgency][which])
-    middle.insert(rng.choice([0, len(middle), len(middle)]), said)
-    parts = [rng.choice(OPENERS[which]), *middle, rng.choice(CLOSERS[which])]
+    other = rng.choice([name for name in PROBLEMS if name != category])
+    sentences = [rng.choice(PROBLEMS[category][which])]
+    opener, closer = rng.choice(OPENERS[which]), rng.choice(CLOSERS[which])
+    kind = rng.random()
+    if kind < SETTLED_PART:
+        quote = rng.choice(PROBLEMS[other][which])
+        sentences.insert(rng.randrange(2), rng.choice(SETTLED[which]).replace("{quote}", quote))
+        opener = closer = ""
+    elif kind < SETTLED_PART + ASIDE_PART:
+        sentences.insert(rng.randrange(2), rng.choice(ASIDES[other][which]))
+    elif kind < SETTLED_PART + ASIDE_PART + NEUTRAL_PART:
+        sentences.insert(rng.randrange(2), rng.choice(NEUTRAL[which]))
+    sentences.insert(rng.choice([0, len(sentences), len(sentences)]), rng.choice(URGENCY[urgency][which]))
+    parts = [opener, *sentences, closer]
     text = " ".join(part for part in parts if part)
     filled = text.format(**{slot: rng.choice(values) for slot, values in SLOTS.items()})
     return sentence_case(filled)

@@ -195,6 +195,11 @@ def main() -> int:
     except LuthierError as error:
         _answer_error(error.reason, error.message, error.violations)
         return 2 if isinstance(error, InvalidArgument) else 1
+    except MemoryError:
+        _answer_error(
+            "FILE_TOO_LARGE", "reading the file takes more memory than it may; split it, or store it in smaller row groups", ()
+        )
+        return 2
     except Exception as error:
         _answer_error("INTERNAL", f"the file could not be read: {type(error).__name__}: {error}", ())
         raise

@@ -8,6 +8,7 @@ import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -86,12 +87,10 @@ def rows() -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     seen: set[str] = set()
     for group, modules in sorted(GROUPS.items()):
-        count = 0
-        for text in (text for module in sorted(modules) for text in _module(root, module)):
-            if text not in seen and count < MOST_A_GROUP:
-                seen.add(text)
-                found.append((text, group))
-                count += 1
+        fresh = (text for module in sorted(modules) for text in _module(root, module) if text not in seen)
+        for text in islice(fresh, MOST_A_GROUP):
+            seen.add(text)
+            found.append((text, group))
     return found
 
 

@@ -39,9 +39,6 @@ def model(tmp_path):
     return folder
 
 
-TAKEN = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-
-
 @pytest.fixture
 def hub(model, monkeypatch):
     with serve({"org/small": model}) as server:

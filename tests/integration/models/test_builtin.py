@@ -36,12 +36,12 @@ def tokenizer(tiny):
     return AutoTokenizer.from_pretrained(tiny)
 
 
-def test_it_is_a_model_folder_of_about_four_million_parameters(tiny):
+def test_it_is_a_model_folder_of_a_few_million_parameters(tiny):
     from transformers import AutoModelForCausalLM
 
     assert check_model_folder(tiny).kind == "full"
     model = AutoModelForCausalLM.from_pretrained(tiny)
-    assert 3.5e6 < model.num_parameters() < 4.5e6
+    assert 2e6 < model.num_parameters() < 5e6
     assert model.config.max_position_embeddings == 1024
 
 

@@ -33,7 +33,7 @@ def rows(tickets):
 
 def frames(tickets, which):
     groups = [*tickets.PROBLEMS.values(), *tickets.ASIDES.values(), *tickets.URGENCY.values()]
-    groups += [tickets.NEUTRAL, tickets.OPENERS, tickets.CLOSERS]
+    groups += [tickets.SETTLED, tickets.NEUTRAL, tickets.OPENERS, tickets.CLOSERS]
     return [frame for group in groups for frame in group[which] if frame]
 
 
@@ -76,7 +76,7 @@ def test_every_slot_has_fillers(tickets):
     used = {
         name for which in (0, 1) for frame in frames(tickets, which) for _, name, _, _ in string.Formatter().parse(frame) if name
     }
-    assert used == set(tickets.SLOTS)
+    assert used == {*tickets.SLOTS, "quote"}
 
 
 def test_the_tickets_are_the_same_every_time(tickets, rows, tmp_path):
