@@ -12,20 +12,19 @@ from typing import Any
 from rich.table import Table
 
 from cli.context import Cli
-from cli.demo.tickets import Baseline, Row, baseline, load_rows, questions, write_jsonl
+from cli.demo.tickets import EXAMPLES, Baseline, Row, baseline, load_rows, questions, write_jsonl
 from cli.failures import Failure
 from cli.follow import follow, succeeded
 from cli.gateway import openai_client
+from cli.jobfile import read_job
 from cli.render.text import number, plain_table, span
 from luthier.client import short_name
 from luthier.v1.dataset_pb2 import DatasetVersion
 from luthier.v1.endpoint_pb2 import Endpoint, ReplicaResources, Route
 from luthier.v1.job_pb2 import Job, JobResult
-from luthier.v1.training_pb2 import FinetuneEvaluation, FinetuneSpec, Hyperparameters, Sharding
 
 NAME = "tickets"
-WORKERS, ZERO_STAGE = 2, 2
-HYPERPARAMETERS = Hyperparameters(learning_rate=1e-3, epochs=6, batch_size=16, max_length=192, warmup_ratio=0.05)
+JOB_FILE = EXAMPLES / "finetune.yaml"
 READY_SECONDS = 240.0
 ANSWER_TOKENS = 40
 
@@ -96,9 +95,11 @@ def run(cli: Cli, home: Path, say: Callable[[str], None]) -> Outcome:
     say("3/6  TF-IDF with logistic regression on the same rows, for comparison")
     classical = baseline(rows)
 
-    say(f"4/6  fine-tuning builtin:tiny with {WORKERS} workers on DeepSpeed ZeRO-{ZERO_STAGE}, scored before and after")
-    job = cli.client.create_job(Job(display_name="luthier demo", finetune=spec(short_name(dataset.name))))
-    job = follow(cli, job, outlives_us=False)
+    wish = read_job(str(JOB_FILE))
+    wish.finetune.dataset = short_name(dataset.name)
+    how = f"{wish.finetune.workers} workers on DeepSpeed ZeRO-{wish.finetune.sharding.zero_stage}"
+    say(f"4/6  fine-tuning {wish.finetune.base} with {how}, scored before and after ({JOB_FILE.name})")
+    job = follow(cli, cli.client.create_job(wish), outlives_us=False)
     if not succeeded(job):
         raise Failure(f"the fine-tune failed: {_root_cause(job)}")
     cli.out.table(scores_table(job, classical))
@@ -113,20 +114,6 @@ def run(cli: Cli, home: Path, say: Callable[[str], None]) -> Outcome:
     say("6/6  asking the endpoint with the openai client")
     answers = ask_all(cli, endpoint, questions(rows))
     return Outcome(job, classical, endpoint, answers, dataset, time.monotonic() - started)
-
-
-def spec(dataset: str) -> FinetuneSpec:
-    """The fine-tune of the demonstration."""
-    return FinetuneSpec(
-        base="builtin:tiny",
-        dataset=dataset,
-        method="full",
-        output_model=NAME,
-        workers=WORKERS,
-        sharding=Sharding(zero_stage=ZERO_STAGE),
-        hyperparameters=HYPERPARAMETERS,
-        evaluation=FinetuneEvaluation(before=True, generate=True, label_key="category"),
-    )
 
 
 def _root_cause(job: Job) -> str:

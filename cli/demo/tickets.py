@@ -10,7 +10,8 @@ from pathlib import Path
 
 from cli.failures import Failure
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tickets.py"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLE = EXAMPLES / "tickets.py"
 
 Row = dict[str, str]
 
