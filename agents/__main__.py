@@ -27,6 +27,7 @@ RUNNERS = {
     "import_model": "agents.models.job",
 }
 GRACE_SECONDS = 25.0
+HURRY_SECONDS = 3.0
 VARIABLES = ("LUTHIER_COORDINATOR", "LUTHIER_JOB_UID", "LUTHIER_RUN", "LUTHIER_CLAIM_TOKEN")
 
 Runner = Callable[[Link, agent_pb2.ClaimRunResponse], agent_pb2.OutcomeReport]
@@ -43,10 +44,10 @@ def main() -> int:
     # The token is spent; nothing that this process starts needs to see it.
     os.environ.pop("LUTHIER_CLAIM_TOKEN", None)
     install_logging(link)
-    _listen_for_signals(link)
     done = threading.Event()
+    hurry = _listen_for_signals(link)
     grace = float(os.environ.get("LUTHIER_GRACE_SECONDS", GRACE_SECONDS))
-    threading.Thread(target=_enforce_wish, args=(link, done, grace), name="luthier-wish", daemon=True).start()
+    threading.Thread(target=_enforce_wish, args=(link, done, hurry, grace), name="luthier-wish", daemon=True).start()
     outcome = carry_out(link, response)
     done.set()
     try:
@@ -91,24 +92,35 @@ def _environment() -> tuple[str, str, int, str]:
     return address, job_uid, int(run), token
 
 
-def _listen_for_signals(link: Link) -> None:
-    """The first signal asks the run to stop like a wish of the coordinator; a second one ends the process at once."""
+def _listen_for_signals(link: Link) -> threading.Event:
+    """Return an event that the first signal sets, after asking the run to stop; a second one ends the process at once.
+
+    Ranks hear wishes from the coordinator only, so there is no point in waiting long for them after a signal.
+    """
+    signalled = threading.Event()
 
     def on_signal(number: int, _: FrameType | None) -> None:
-        if link.wished.is_set():
+        if signalled.is_set():
             os._exit(128 + number)
+        signalled.set()
         link.stop_locally()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
+    return signalled
 
 
-def _enforce_wish(link: Link, done: threading.Event, grace: float) -> None:
+def _enforce_wish(link: Link, done: threading.Event, hurry: threading.Event, grace: float) -> None:
     """Where a run does not stop by itself within the grace period, report its end and leave; Ray reaps what it started."""
     link.wished.wait()
-    if done.wait(grace):
+    began = time.monotonic()
+    while not done.wait(0.1):
+        patience = min(grace, HURRY_SECONDS) if hurry.is_set() else grace
+        if time.monotonic() - began > patience:
+            break
+    else:
         return
-    logger.warning("the run did not stop within %.0f s; ending it", grace)
+    logger.warning("the run did not stop by itself within %.0f s; ending it", time.monotonic() - began)
     watchdog = threading.Timer(60.0, os._exit, args=(1,))
     watchdog.daemon = True
     watchdog.start()

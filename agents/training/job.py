@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from agents.cluster import connect
 from agents.evaluation.evaluate import headline
 from agents.evaluation.remote import evaluate_remotely
 from agents.failures import RunCancelled, check_wish
@@ -33,9 +34,7 @@ def run(link: Link, claim: agent_pb2.ClaimRunResponse) -> agent_pb2.OutcomeRepor
     link.phase("loading", f"bringing {spec.base} into storage")
     base = full_base(claim)
     check_wish(link)
-    if not ray.is_initialized():
-        # The ranks send their log over their own links.
-        ray.init(address="auto", log_to_driver=False)
+    connect()
     _, use_gpu = resources(config)
     scoring = _Scoring(link, claim, config, use_gpu)
     before = scoring.score("evaluating_before", base.name, base) if spec.evaluation.before else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import ray
@@ -13,7 +14,7 @@ from ray.exceptions import OutOfMemoryError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from agents.failures import OUT_OF_MEMORY, RunCancelled, RunFailed, is_out_of_memory, is_peer_loss, job_error_of
+from agents.failures import OUT_OF_MEMORY, TRACEBACK_LIMIT, RunFailed, is_out_of_memory, is_peer_loss, job_error_of
 from agents.training import environment
 from agents.training.config import TrainConfig
 from agents.training.worker import TRAINING_ERROR, TrainPayload, TrainResult, train_worker
@@ -66,10 +67,14 @@ def run_training(payload: TrainPayload, *, callbacks: Sequence[Any] = ()) -> Tra
         ),
     )
     try:
-        result = trainer.fit()
+        # In the main thread Ray Train would take SIGINT for itself, and abort the run before its ranks can stop by themselves.
+        with ThreadPoolExecutor(1, thread_name_prefix="train") as thread:
+            fitting = thread.submit(trainer.fit)
+            while not fitting.done():
+                wait([fitting], timeout=1.0)
+            value = fitting.result().return_value
     except ray.train.TrainingFailedError as error:
         raise RunFailed.of(root_cause(error, payload)) from None
-    value = result.return_value
     if not isinstance(value, TrainResult):
         raise Internal("the training ended without a result of rank 0", "NO_RESULT")
     return value
@@ -85,34 +90,32 @@ def root_cause(error: BaseException, payload: TrainPayload) -> job_pb2.JobError:
 
 
 def _cause(error: BaseException, source: str) -> job_pb2.JobError:
-    known = _unwrap(error)
-    if isinstance(known, RunFailed):
-        return known.job_error
-    if isinstance(known, OutOfMemoryError) or is_out_of_memory(known) or "OutOfMemory" in str(known):
+    layers = list(_layers(error))
+    for layer in layers:
+        if isinstance(layer, RunFailed):
+            return layer.job_error
+    innermost = layers[-1]
+    name = type(innermost).__name__
+    if any(isinstance(layer, OutOfMemoryError) or is_out_of_memory(layer) for layer in layers):
+        message = f"the node of {source} ran out of memory; use a smaller batch_size, more workers or a higher zero_stage"
+        return job_pb2.JobError(code=OUT_OF_MEMORY, source=source, exception=name, message=message)
+    if isinstance(innermost, RayError):
+        message = f"the process of {source} died without a word; it was killed, or its node was lost"
         return job_pb2.JobError(
-            code=OUT_OF_MEMORY,
-            source=source,
-            exception=type(known).__name__,
-            message=f"{source} was killed because its node ran out of memory; "
-            "use a smaller batch_size, more workers or a higher zero_stage",
+            code=LOST, source=source, exception=name, message=message, traceback=str(innermost)[-TRACEBACK_LIMIT:]
         )
-    if isinstance(known, RayError):
-        first = next((line for line in str(known).splitlines() if line.strip()), type(known).__name__)
-        message = f"the process of {source} died without a word ({first.strip()[:300]}); it was killed, or its node was lost"
-        return job_pb2.JobError(code=LOST, source=source, exception=type(known).__name__, message=message)
-    return job_error_of(known, source, TRAINING_ERROR)
+    return job_error_of(innermost, source, TRAINING_ERROR)
 
 
-def _unwrap(error: BaseException) -> BaseException:
-    """Ray wraps what a rank raised, some layers deep."""
+def _layers(error: BaseException) -> Iterator[BaseException]:
+    """An exception and what Ray wrapped into it, from the outermost to the innermost."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
         seen.add(id(current))
-        if isinstance(current, RunFailed | RunCancelled):
-            return current
-        current = getattr(current, "_base_exc", None) or getattr(current, "cause", None) or current.__cause__
-    return error
+        yield current
+        inner = (getattr(current, name, None) for name in ("health_check_failure", "_base_exc", "cause"))
+        current = next((found for found in inner if isinstance(found, BaseException)), current.__cause__)
 
 
 def _rank(config: dict[str, Any]) -> TrainResult | None:

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from agents.failures import RunCancelled, RunFailed, job_error_of
+from agents.failures import RunCancelled, RunFailed, is_peer_loss, job_error_of
 from agents.link import Link, LinkConfig, install_logging
 from agents.training import environment
 from agents.training.config import TrainConfig
@@ -107,7 +107,9 @@ def train_worker(
     except BaseException as error:
         cause = job_error_of(error, payload.source(rank), TRAINING_ERROR)
         logger.error("%s failed: %s", payload.source(rank), cause.message)
-        link.failure(cause)
+        if not is_peer_loss(cause):
+            # That another rank went away is no cause. The rank that went tells it, or the driver where it could not.
+            link.failure(cause)
         link.flush(FLUSH_SECONDS)
         raise RunFailed.of(cause) from error
     finally:

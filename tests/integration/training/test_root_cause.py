@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from agents.failures import RunFailed, job_error_of
 from agents.link import LinkConfig
@@ -41,7 +42,7 @@ def test_a_cause_survives_what_ray_wraps_around_it() -> None:
 
 
 def test_a_process_that_died_without_a_word_is_told_so_unless_another_said_why() -> None:
-    died = ActorDiedError()
+    died = WorkerHealthCheckFailedError("a worker health check failed", ActorDiedError())
     cause = root_cause(WorkerGroupError("gone", {1: died}), _payload("trial-00002"))
     assert (cause.code, cause.source) == ("WORKER_LOST", "trial-00002/rank-1")
     said = root_cause(WorkerGroupError("gone", {0: died, 1: _failed(MemoryError(), 1)}), _payload())

@@ -114,6 +114,17 @@ def test_what_breaks_while_stopping_is_no_failure(fake: FakeCoordinator, tmp_pat
     assert fake.outcome.state == job_pb2.JOB_STATE_CANCELLED
 
 
+def test_a_signal_ends_a_run_that_does_not_listen_within_seconds(fake: FakeCoordinator, tmp_path: Path) -> None:
+    process = _agent(fake, tmp_path, WAITING.format("[time.sleep(0.1) for _ in range(600)]"))
+    fake.wait_for("driver", "phase")
+    began = time.monotonic()
+    process.send_signal(15)
+    assert _wait(process) == 0
+    assert time.monotonic() - began < 15
+    assert fake.outcome is not None
+    assert fake.outcome.state == job_pb2.JOB_STATE_CANCELLED
+
+
 def test_a_zombie_leaves_without_an_outcome(fake: FakeCoordinator, tmp_path: Path) -> None:
     process = _agent(fake, tmp_path, WAITING.format("time.sleep(60)"))
     fake.wait_for("driver", "phase")
