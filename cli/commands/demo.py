@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -19,6 +15,7 @@ from cli.command import command
 from cli.context import Cli
 from cli.demo.run import Outcome, check, run, where_next
 from cli.failures import Failure
+from cli.signals import stoppable, undisturbed
 from cli.stack import lifecycle
 from cli.stack.processes import members
 
@@ -85,30 +82,3 @@ def clean_up(cli: Cli, home: Path, remove: bool) -> None:
             shutil.rmtree(home, ignore_errors=True)
         else:
             cli.out.say(f"logs are in {home / 'logs'}")
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the demo the way Ctrl-C does, so that it cleans up."""
-
-    def end(_number: int, _frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Do not let an impatient second Ctrl-C leave processes behind."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

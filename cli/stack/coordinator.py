@@ -18,6 +18,7 @@ from cli.stack.ports import LOOPBACK
 from cli.stack.processes import last_lines, spawn
 from cli.stack.ray_head import NOT_INHERITED, write_secret
 from cli.stack.state import ProcessRef, StackState
+from luthier.client import Client, LuthierError
 
 PART = "coordinator"
 
@@ -71,12 +72,21 @@ def serving(server: str, timeout: float = 2.0) -> bool:
 
 
 def wait_until_serving(state: StackState, process: ProcessRef, home: Path, timeout: float = 60.0) -> None:
-    """Wait until the coordinator serves. Raises Failure with the end of its log where it does not."""
+    """Wait until this very coordinator serves. Raises Failure with the end of its log where it does not."""
     end = time.monotonic() + timeout
     log = home / "logs" / "coordinator.log"
-    while not serving(state.server, timeout=0.5):
+    while not (serving(state.server, timeout=0.5) and _pid(state.server, home) == process.pid):
         if process.process() is None:
             raise Failure(f"the coordinator did not start: {last_lines(home, PART)}; see {log}")
         if time.monotonic() > end:
             raise Failure(f"the coordinator does not serve after {timeout:.0f} s; see {log}")
         time.sleep(0.1)
+
+
+def _pid(server: str, home: Path) -> int:
+    """Process id of the coordinator that answers at host:port; 0 where it is not this home's, and refuses its key."""
+    with Client(server, ensure_admin_key(home).read_text(encoding="utf-8").strip(), timeout=5) as client:
+        try:
+            return client.status().coordinator.pid
+        except LuthierError:
+            return 0

@@ -12,12 +12,14 @@ import psutil
 
 from cli.failures import Failure
 from cli.machine import compiler, headers
+from cli.signals import stoppable
 from cli.stack import coordinator, ray_head
 from cli.stack.ports import LOOPBACK, choose, is_free, ray_block
 from cli.stack.processes import members, reap, stop
 from cli.stack.state import ProcessRef, RayState, StackState, locked, read_state, state_path, write_state
 from common.settings import Settings
 
+PORT, GATEWAY_PORT = 7420, 8000
 COORDINATOR_GRACE = 15.0
 RAY_GRACE = 25.0
 
@@ -47,17 +49,13 @@ def prepare_home(home: Path) -> None:
 def up(home: Path, wishes: Wishes, say: Say) -> StackState:
     """Start what of the home's stack does not run, wait until all of it answers, and return it."""
     prepare_home(home)
-    with locked(home):
+    with stoppable(), locked(home):
         state = read_state(home)
-        if state is None or not _alive(state):
+        if state is None or not state.alive:
             return _start(home, wishes, state, say)
         if wishes.port not in (None, state.port) or wishes.gateway_port not in (None, state.gateway_port):
             raise Failure(f"a stack of {home} runs at {state.server} already; `luthier down` stops it")
         return _complete(home, state, say)
-
-
-def _alive(state: StackState) -> bool:
-    return any(ref is not None and ref.process() is not None for ref in (state.coordinator_process, state.ray_process))
 
 
 def _start(home: Path, wishes: Wishes, before: StackState | None, say: Say) -> StackState:
@@ -70,23 +68,22 @@ def _start(home: Path, wishes: Wishes, before: StackState | None, say: Say) -> S
         reap(home, folders=[before.ray.temp_dir])
     settings = Settings(home=home)
     given = settings.model_fields_set
-    port = choose("coordinator", "--port", wishes.port or (settings.port if "port" in given else None), 7420)
-    gateway_port = choose(
-        "gateway",
-        "--gateway-port",
-        wishes.gateway_port or (settings.gateway_port if "gateway_port" in given else None),
-        8000,
-        taken=[port],
-    )
-    for what, chosen, usual in (("coordinator", port, 7420), ("gateway", gateway_port, 8000)):
-        if chosen != usual and not (wishes.port if what == "coordinator" else wishes.gateway_port):
-            say(f"port {usual} is in use; the {what} takes {chosen}")
-    coordinator.ensure_admin_key(home)
+    port = wishes.port or (settings.port if "port" in given else None)
+    gateway_port = wishes.gateway_port or (settings.gateway_port if "gateway_port" in given else None)
     with ExitStack() as reserved:
+        chosen = choose("coordinator", "--port", port, PORT, home, reserved)
+        chosen_gateway = choose("gateway", "--gateway-port", gateway_port, GATEWAY_PORT, home, reserved, taken=[chosen])
+        for what, wished, usual, got in (
+            ("coordinator", port, PORT, chosen),
+            ("gateway", gateway_port, GATEWAY_PORT, chosen_gateway),
+        ):
+            if not wished and got != usual:
+                say(f"port {usual} is in use; the {what} takes {got}")
+        coordinator.ensure_admin_key(home)
         ray = _joined(wishes, settings) or _new_ray(home, wishes, reserved)
         state = StackState(
-            server=f"{LOOPBACK}:{port}",
-            gateway_url=f"http://{LOOPBACK}:{gateway_port}/v1",
+            server=f"{LOOPBACK}:{chosen}",
+            gateway_url=f"http://{LOOPBACK}:{chosen_gateway}/v1",
             ray=ray,
             storage_uri=wishes.storage_uri,
         )

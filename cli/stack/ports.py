@@ -7,11 +7,12 @@ import random
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 
 from cli.failures import Failure
+from cli.stack.state import read_state
 
 LOOPBACK = "127.0.0.1"
 BLOCK = 256
@@ -48,21 +49,58 @@ def is_free(port: int, host: str = LOOPBACK) -> bool:
     return True
 
 
-def near(default: int, taken: Sequence[int] = ()) -> int:
-    """A free port just above `default`; which one is left to chance, so that two stacks that start at once seldom agree."""
-    for port in random.sample(range(default + 1, default + 1 + NEARBY), NEARBY):
-        if port not in taken and is_free(port):
+def choose(
+    what: str, flag: str, given: int | None, default: int, home: Path, reserved: ExitStack, taken: Sequence[int] = ()
+) -> int:
+    """The port for `what`: the given one, or where none was given the default, or where that is taken one just above it.
+
+    A port that another home's stack will listen on later (a gateway starts with its first endpoint) counts as taken. The
+    port is reserved for `home` as long as `reserved` lasts, so that two stacks that start at once do not agree on one.
+    """
+    # Above the default chance decides, which keeps stacks that start at once from trying the same ones in a row.
+    candidates = [given] if given else [default, *random.sample(range(default + 1, default + 1 + NEARBY), NEARBY)]
+    for port in candidates:
+        if port in taken or not is_free(port):
+            continue
+        if reserved.enter_context(_reservation(f"p{port}")) and _claim(port, home):
             return port
-    raise Failure(f"every port from {default} to {default + NEARBY} is in use; stop what listens there")
-
-
-def choose(what: str, flag: str, given: int | None, default: int, taken: Sequence[int] = ()) -> int:
-    """The port for `what`: the given one, or where none was given the default, or where that is taken a free one."""
     if given:
-        if given in taken or not is_free(given):
-            raise Failure(f"port {given} for the {what} is in use; stop what listens there or choose another with {flag}")
-        return given
-    return default if default not in taken and is_free(default) else near(default, taken)
+        raise Failure(f"port {given} for the {what} is in use; stop what listens there or choose another with {flag}")
+    raise Failure(f"every port from {default} to {default + NEARBY} is in use; stop what listens there, or name one with {flag}")
+
+
+@contextmanager
+def _reservation(name: str) -> Iterator[bool]:
+    """Hold a name against other commands of this user. False where another one holds it."""
+    descriptor = os.open(_folder() / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            flock(descriptor, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def _folder() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"luthier-ports-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def _claim(port: int, home: Path) -> bool:
+    """Write down that a port is this home's. False where it is that of another home's running stack."""
+    note = _folder() / f"p{port}"
+    other = note.read_text(encoding="utf-8").strip()
+    if other and other != str(home):
+        with suppress(Failure):
+            state = read_state(Path(other))
+            if state is not None and port in (state.port, state.gateway_port) and state.alive:
+                return False
+    note.write_text(str(home), encoding="utf-8")
+    return True
 
 
 @contextmanager
@@ -71,20 +109,10 @@ def ray_block() -> Iterator[dict[str, int]]:
 
     The block is reserved for as long as the context lasts, which should be until Ray listens.
     """
-    folder = Path(tempfile.gettempdir()) / f"luthier-ports-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    starts = random.sample(BLOCKS, len(BLOCKS))
-    for start in starts:
-        descriptor = os.open(folder / str(start), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            try:
-                flock(descriptor, LOCK_EX | LOCK_NB)
-            except BlockingIOError:
-                continue
-            if all(is_free(port) for port in range(start, start + BLOCK)):
+    for start in random.sample(BLOCKS, len(BLOCKS)):
+        with _reservation(f"block-{start}") as held:
+            if held and all(is_free(port) for port in range(start, start + BLOCK)):
                 named = {name: start + offset for offset, name in enumerate(RAY_PORTS)}
                 yield named | {"min_worker": start + FIRST_WORKER, "max_worker": start + BLOCK - 1}
                 return
-        finally:
-            os.close(descriptor)
     raise Failure(f"no block of {BLOCK} free ports between {BLOCKS.start} and {BLOCKS.stop} for Ray; stop what holds them")

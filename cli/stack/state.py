@@ -78,6 +78,11 @@ class StackState:
         """Port of the gateway."""
         return int(self.gateway_url.removesuffix("/v1").rpartition(":")[2])
 
+    @property
+    def alive(self) -> bool:
+        """Whether any of its processes runs."""
+        return any(ref is not None and ref.process() is not None for ref in (self.coordinator_process, self.ray_process))
+
     def with_processes(self, coordinator: ProcessRef | None, ray: ProcessRef | None) -> StackState:
         """The same stack with other processes."""
         return replace(self, coordinator_process=coordinator, ray_process=ray)

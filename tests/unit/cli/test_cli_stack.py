@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -130,13 +131,33 @@ def test_one_command_at_a_time(home: Path) -> None:
         pass
 
 
-def test_a_taken_port_is_an_error_that_names_it_and_the_way_out(listener: int) -> None:
-    assert not ports.is_free(listener)
-    with pytest.raises(Failure, match=rf"port {listener} for the coordinator is in use.*--port"):
-        ports.choose("coordinator", "--port", listener, 7420)
-    near = ports.choose("coordinator", "--port", None, listener)
-    assert listener < near <= listener + ports.NEARBY
-    assert ports.choose("gateway", "--gateway-port", None, 65000 - ports.NEARBY, taken=[near]) != near
+def test_a_taken_port_is_an_error_that_names_it_and_the_way_out(home: Path, listener: int) -> None:
+    with ExitStack() as reserved:
+        assert not ports.is_free(listener)
+        with pytest.raises(Failure, match=rf"port {listener} for the coordinator is in use.*--port"):
+            ports.choose("coordinator", "--port", listener, 7420, home, reserved)
+        near = ports.choose("coordinator", "--port", None, listener, home, reserved)
+        assert listener < near <= listener + ports.NEARBY
+
+
+def test_stacks_that_start_at_once_get_different_ports(home: Path, tmp_path: Path) -> None:
+    with ExitStack() as first, ExitStack() as second:
+        chosen = [
+            ports.choose("gateway", "--gateway-port", None, 18_000, at, held) for at, held in ((home, first), (tmp_path, second))
+        ]
+    assert len(set(chosen)) == 2
+
+
+def test_a_port_that_another_stack_will_use_later_is_taken(home: Path, tmp_path: Path) -> None:
+    with ExitStack() as reserved:
+        port = ports.choose("gateway", "--gateway-port", None, 18_500, home, reserved)
+    state = some_state(gateway_url=f"http://127.0.0.1:{port}/v1", ray_process=ProcessRef.of(os.getpid()))
+    write_state(home, state)
+    with ExitStack() as reserved, pytest.raises(Failure, match="in use"):
+        ports.choose("gateway", "--gateway-port", port, 18_500, tmp_path, reserved)
+    write_state(home, state.with_processes(None, None))
+    with ExitStack() as reserved:
+        assert ports.choose("gateway", "--gateway-port", port, 18_500, tmp_path, reserved) == port
 
 
 def test_a_port_of_grpc_is_taken_although_grpc_would_share_it(fake: FakeCoordinator) -> None:
