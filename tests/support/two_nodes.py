@@ -14,10 +14,12 @@ from pathlib import Path
 
 def main(root: Path) -> None:
     """Start, tell, wait, stop."""
-    # `ray stop` in every exit path of Ray would reach other clusters; this one ends its own processes only.
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(root / "token")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # The cluster writes its address below here, where no other program looks for a running Ray.
+    os.environ["RAY_TMPDIR"] = str(root)
+    (root / "ray").mkdir()
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     from ray.cluster_utils import Cluster
 

@@ -1,0 +1,8 @@
+"""`make bench`: every benchmark, one after the other."""
+
+from __future__ import annotations
+
+from benchmarks import submit
+
+if __name__ == "__main__":
+    submit.main()
