@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from dataclasses import replace
 from typing import Any
 
-import ray
+from ray._private.state import available_resources_per_node
 
 from agents.cluster import connect
 from agents.evaluation.evaluate import headline
@@ -25,6 +27,7 @@ from luthier.v1 import evaluation_pb2, job_pb2, training_pb2
 logger = logging.getLogger(__name__)
 
 DEFAULT_SPLIT = "test"
+RELEASE_SECONDS = 3.0
 
 
 def run(link: Link, claim: agent_pb2.ClaimRunResponse) -> agent_pb2.OutcomeReport:
@@ -139,9 +142,13 @@ class _Scoring:
         )
 
     def _task_cpus(self) -> float:
-        """As many CPUs as the workers hold on one node; they are free while the scoring runs."""
-        largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=1.0)
-        return max(self._config.cpus_per_worker, min(self._cpus, float(int(largest)) or 1.0))
+        """As many CPUs as the workers hold, where one node has them free; one worker's place is free in any case."""
+        one, all_of_them = self._config.cpus_per_worker, self._cpus
+        deadline = time.monotonic() + RELEASE_SECONDS
+        # What the workers held comes back a moment after they have ended.
+        while (free := _most_free_cpus()) < all_of_them and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return all_of_them if free >= all_of_them else max(one, min(all_of_them, math.floor(free)))
 
     def _progress(self, trained: TrainResult | None) -> job_pb2.Progress | None:
         """Keeps the training's last word while the result is scored."""
@@ -166,6 +173,11 @@ class _Scoring:
             )
         logger.warning("the data set has no split %r, so nothing is scored", self._split)
         return False
+
+
+def _most_free_cpus() -> float:
+    """CPUs that are free on the node with the most of them."""
+    return max((node.get("CPU", 0.0) for node in available_resources_per_node().values()), default=0.0)
 
 
 def _outcome(

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -19,7 +20,7 @@ from agents.training import environment
 from agents.training.config import TrainConfig
 from agents.training.worker import TRAINING_ERROR, TrainPayload, TrainResult, train_worker
 from common import storage
-from common.errors import Internal
+from common.errors import Internal, LuthierError
 from luthier.v1 import job_pb2
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,9 @@ def run_training(payload: TrainPayload, *, callbacks: Sequence[Any] = ()) -> Tra
             value = fitting.result().return_value
     except ray.train.TrainingFailedError as error:
         raise RunFailed.of(root_cause(error, payload)) from None
+    finally:
+        with suppress(LuthierError):  # Ray Train's notes on itself, of no use to anybody
+            storage.delete_tree(storage.join(payload.run_uri, "ray"))
     if not isinstance(value, TrainResult):
         raise Internal("the training ended without a result of rank 0", "NO_RESULT")
     return value
