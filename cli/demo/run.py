@@ -15,7 +15,7 @@ from cli.context import Cli
 from cli.demo.tickets import EXAMPLES, Baseline, Row, baseline, load_rows, questions, write_jsonl
 from cli.failures import Failure
 from cli.follow import follow, succeeded
-from cli.gateway import openai_client
+from cli.gateway import explained, openai_client
 from cli.jobfile import read_job
 from cli.render.text import number, plain_table, span
 from luthier.client import short_name
@@ -112,7 +112,8 @@ def run(cli: Cli, home: Path, say: Callable[[str], None]) -> Outcome:
     say(f"     {endpoint.url}")
 
     say("6/6  asking the endpoint with the openai client")
-    answers = ask_all(cli, endpoint, questions(rows))
+    with explained(endpoint.url):
+        answers = ask_all(cli, endpoint, questions(rows))
     return Outcome(job, classical, endpoint, answers, dataset, time.monotonic() - started)
 
 

@@ -70,6 +70,7 @@ def _start(home: Path, wishes: Wishes, before: StackState | None, say: Say) -> S
     given = settings.model_fields_set
     port = wishes.port or (settings.port if "port" in given else None)
     gateway_port = wishes.gateway_port or (settings.gateway_port if "gateway_port" in given else None)
+    joined = _joined(wishes, settings)
     with ExitStack() as reserved:
         chosen = choose("coordinator", "--port", port, PORT, home, reserved)
         chosen_gateway = choose("gateway", "--gateway-port", gateway_port, GATEWAY_PORT, home, reserved, taken=[chosen])
@@ -80,7 +81,7 @@ def _start(home: Path, wishes: Wishes, before: StackState | None, say: Say) -> S
             if not wished and got != usual:
                 say(f"port {usual} is in use; the {what} takes {got}")
         coordinator.ensure_admin_key(home)
-        ray = _joined(wishes, settings) or _new_ray(home, wishes, reserved)
+        ray = joined or _new_ray(home, wishes, reserved)
         state = StackState(
             server=f"{LOOPBACK}:{chosen}",
             gateway_url=f"http://{LOOPBACK}:{chosen_gateway}/v1",

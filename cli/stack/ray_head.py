@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from cli.failures import Failure
+from cli.failures import NOT_ALLOWED, Failure
 from cli.stack.ports import LOOPBACK
 from cli.stack.processes import last_lines, spawn
 from cli.stack.state import ProcessRef, RayState
@@ -169,7 +169,9 @@ def answers(address: str, token_path: str, timeout: float = 2.0) -> bool:
             return bool(answer.status == 200)
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
-            raise Failure(f"Ray at {address} refuses the token; name the right file with --ray-token-path") from error
+            raise Failure(
+                f"Ray at {address} refuses the token; name the right file with --ray-token-path", NOT_ALLOWED
+            ) from error
         return False
     except (OSError, ValueError):
         return False

@@ -1,11 +1,7 @@
 """Data sets, models, endpoints and keys by the command line."""
 
 import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -143,51 +139,13 @@ def test_deploy_sends_the_desired_state_and_waits(luthier, fake: FakeCoordinator
     assert luthier("endpoint", "deploy", "desk", "--model", "tickets@1=much").status == 2
 
 
-class Gateway(BaseHTTPRequestHandler):
-    """Says back what it was asked, as OpenAI's API would."""
-
-    asked: list[tuple[str, dict[str, Any]]] = []
-    refusal: tuple[int, str] | None = None
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        Gateway.asked.append((self.headers["Authorization"], body))
-        if Gateway.refusal:
-            status, message = Gateway.refusal
-            self.answer(status, "application/json", json.dumps({"error": {"message": message, "type": "invalid_request_error"}}))
-        elif body.get("stream"):
-            chunk = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "desk"}
-            parts = [chunk | {"choices": [{"index": 0, "delta": {"content": text}}]} for text in ("bill", "ing")]
-            self.answer(200, "text/event-stream", "".join(f"data: {json.dumps(part)}\n\n" for part in parts) + "data: [DONE]\n\n")
-        else:
-            message = {"role": "assistant", "content": "billing"}
-            choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            content = {"id": "1", "object": "chat.completion", "created": 1, "model": "desk", "choices": [choice]}
-            self.answer(200, "application/json", json.dumps(content))
-
-    def answer(self, status: int, kind: str, text: str) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, *_: object) -> None: ...
-
-
-@pytest.fixture
-def gateway(fake: FakeCoordinator) -> Iterator[type[Gateway]]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Gateway)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+def desk(fake: FakeCoordinator, url: str) -> None:
     name = "projects/default/endpoints/desk"
     fake.endpoints[name] = Endpoint(name=name, url=url, state=ENDPOINT_STATE_READY)
-    Gateway.asked, Gateway.refusal = [], None
-    yield Gateway
-    server.shutdown()
-    server.server_close()
 
 
-def test_query_asks_over_http_with_the_key(luthier, fake: FakeCoordinator, gateway: type[Gateway]) -> None:
+def test_query_asks_over_http_with_the_key(luthier, fake: FakeCoordinator, gateway) -> None:
+    desk(fake, gateway.url)
     ran = luthier("endpoint", "query", "desk", "my card was charged twice", "--system", "sort", "--max-tokens", "9")
     assert (ran.status, ran.stdout) == (0, "billing\n")
     key, body = gateway.asked[0]
@@ -201,15 +159,15 @@ def test_query_asks_over_http_with_the_key(luthier, fake: FakeCoordinator, gatew
 
 
 @pytest.mark.parametrize(("http", "status"), [(400, 2), (401, 4), (404, 3), (409, 1)])
-def test_a_refusal_of_the_gateway_has_its_exit_status(luthier, gateway: type[Gateway], http: int, status: int) -> None:
+def test_a_refusal_of_the_gateway_has_its_exit_status(luthier, fake: FakeCoordinator, gateway, http: int, status: int) -> None:
+    desk(fake, gateway.url)
     gateway.refusal = (http, "so it is")
     ran = luthier("endpoint", "query", "desk", "x")
     assert (ran.status, ran.stderr) == (status, "error: so it is\n")
 
 
 def test_no_gateway_is_5(luthier, fake: FakeCoordinator, monkeypatch) -> None:
-    name = "projects/default/endpoints/desk"
-    fake.endpoints[name] = Endpoint(name=name, url="http://127.0.0.1:9/v1", state=ENDPOINT_STATE_READY)
+    desk(fake, "http://127.0.0.1:9/v1")
     ran = luthier("endpoint", "query", "desk", "x")
     assert ran.status == 5
     assert "no gateway answers at http://127.0.0.1:9/v1" in ran.stderr
