@@ -1,0 +1,1 @@
+"""What runs on the Ray cluster to carry a job out, and reports back to the coordinator."""

@@ -1,8 +1,8 @@
 """Submit to acknowledgement: CreateJob, durable, against Ray Jobs' `submit_job`, on one stack, call by call in turn.
 
 Ray's answer means that the job is known to its head's memory; ours that job and event are on disk. Both peers are called through
-their own Python clients with a connection that is already open. Neither job waits for capacity in what is measured: ours is queued,
-Ray's is a no-op that asks for no CPUs.
+their own Python clients with a connection that is already open. Neither job waits for capacity in what is measured: ours is
+queued, Ray's is a no-op that asks for no CPUs.
 """
 
 from __future__ import annotations
@@ -46,9 +46,8 @@ def main() -> None:
         "machine": before,
     }
     path = keep("submit", COMMAND, result)
-    print(
-        f"CreateJob {statistics.median(ours):.1f} ms, submit_job {statistics.median(peers):.1f} ms, ratio {statistics.median(ratios):.1f}; {path}"
-    )
+    medians = [statistics.median(sample) for sample in (ours, peers, ratios)]
+    print("CreateJob {:.1f} ms, submit_job {:.1f} ms, ratio {:.1f}".format(*medians), path)
 
 
 def measure(stack: Stack) -> tuple[list[float], list[float]]:

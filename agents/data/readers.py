@@ -5,6 +5,7 @@ What cannot be read comes out as `Broken`, in its place, so that one pass names 
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 from collections.abc import Iterator, Sequence
@@ -290,16 +291,18 @@ class Parquet:
         self._path = path
         try:
             with pq.ParquetFile(path) as file:
-                metadata, schema = file.metadata, file.schema_arrow
+                # The raw bytes before the schema: reading that rebuilds whatever types were registered in this process.
+                declared = (file.metadata.metadata or {}).get(b"ARROW:schema", b"")
+                if b"arrow_tensor" in base64.b64decode(declared) or b"py_extension_type" in base64.b64decode(declared):
+                    raise _bad(
+                        "UNSAFE_PARQUET",
+                        "the file's schema names a type that is rebuilt by running code; such files are not taken",
+                    )
+                schema = file.schema_arrow
         except (pa.ArrowException, OSError, ValueError) as error:
             raise _bad("BAD_PARQUET", f"the file is not Parquet, or damaged: {_first_line(error)}") from error
-        declared = (metadata.metadata or {}).get(b"ARROW:schema", b"")
         for field in schema:
             _refuse_extensions(field, field.name)
-        if b"arrow_tensor" in declared or b"py_extension_type" in declared:
-            raise _bad(
-                "UNSAFE_PARQUET", "the file's schema names a type that is rebuilt by running code; such files are not taken"
-            )
         self.columns = list(schema.names)[:MAX_COLUMNS]
 
     def rows(self, columns: Sequence[str]) -> Iterator[Record | Broken]:

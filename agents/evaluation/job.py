@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from agents.cluster import connect
 from agents.evaluation.evaluate import headline
 from agents.evaluation.remote import evaluate_remotely
 from agents.link import Link
@@ -22,8 +23,7 @@ def run(link: Link, claim: agent_pb2.ClaimRunResponse) -> agent_pb2.OutcomeRepor
     link.phase("loading", f"Fetching {model.name}")
     ours = materialise(model, claim.storage_uri)
     base = materialise(model.base, claim.storage_uri) if model.model_kind == "adapter" else None
-    if not ray.is_initialized():
-        ray.init(address="auto", log_to_driver=False)
+    connect()
     link.phase("evaluating", f"Scoring {model.name} on {spec.split or 'test'} of {dataset.name}")
     evaluation = evaluate_remotely(
         ours.uri,

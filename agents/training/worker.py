@@ -20,6 +20,8 @@ from luthier.v1 import training_pb2
 logger = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 10.0
+# How long a rank that is done holds its place until a coordinator that is away has taken its figures.
+OUTAGE_SECONDS = 600.0
 QUIET_SECONDS = 15.0
 TRAINING_ERROR = "TRAINING_ERROR"
 
@@ -101,7 +103,10 @@ def train_worker(
     link = Link(payload.link, payload.source(rank), heartbeat=1.0 if rank == 0 else QUIET_SECONDS)
     install_logging(link)
     try:
-        return _train(payload, link, rank, world_size, node or socket.gethostname(), report)
+        result = _train(payload, link, rank, world_size, node or socket.gethostname(), report)
+        if not link.flush(OUTAGE_SECONDS):
+            logger.warning("the coordinator was away for too long: the last reports of %s are lost", payload.source(rank))
+        return result
     except RunCancelled:
         raise
     except BaseException as error:

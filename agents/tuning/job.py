@@ -6,8 +6,8 @@ import logging
 from collections.abc import Iterable
 
 import pyarrow.parquet as pq
-import ray
 
+from agents.cluster import connect
 from agents.evaluation.evaluate import headline
 from agents.evaluation.remote import split_file
 from agents.failures import RunFailed, check_wish
@@ -41,8 +41,7 @@ def run(link: Link, claim: agent_pb2.ClaimRunResponse) -> agent_pb2.OutcomeRepor
     train_rows = pq.read_metadata(split_file(data_dir, "train")).num_rows
     base = _base(claim)
     check_wish(link)
-    if not ray.is_initialized():
-        ray.init(address="auto", log_to_driver=False)
+    connect()
     before = None
     if spec.finetune.evaluation.before:
         link.phase("evaluating_before", f"Scoring {base.name} on {dataset.name}")

@@ -18,7 +18,7 @@ from common.errors import LuthierError, Unavailable
 from coordinator.cluster.launcher import Launcher, submission_id
 from coordinator.cluster.ray_cluster import Capacity, Submission
 from coordinator.jobs import records
-from coordinator.jobs.report import root_cause
+from coordinator.jobs.report import over_time, root_cause
 from coordinator.jobs.resources import Demand
 from coordinator.jobs.states import ACTIVE, EndReason, State
 from coordinator.notify import Notifier
@@ -168,8 +168,7 @@ class Reconciler:
 
     async def _end_as_wished(self, job: Job) -> None:
         if job.cancel_reason == EndReason.TIME_LIMIT:
-            failure = {"code": "TIME_LIMIT", "message": f"stopped after its time limit of {job.time_limit_seconds:g} s"}
-            await self._end(job, State.FAILED, EndReason.TIME_LIMIT, failure)
+            await self._end(job, State.FAILED, EndReason.TIME_LIMIT, over_time(job))
         else:
             await self._end(job, State.CANCELLED, EndReason.USER, {})
 

@@ -95,6 +95,9 @@ def _apply_one(session: Session, request: agent_pb2.ReportRequest, report: agent
     uid, run, source = request.job_uid, request.run, request.source
     kind = report.WhichOneof("body")
     moment = report.time.ToDatetime(tzinfo=UTC)
+    if "/" in source and kind in ("phase", "progress"):
+        # A rank of a trial. What a sweep as a whole does, its driver tells.
+        return
     if kind == "phase":
         records.add_event(session, uid, job_pb2.JOB_EVENT_TYPE_PHASE, report.phase.message or report.phase.phase, run=run)
         records.set_unnumbered(
@@ -193,7 +196,9 @@ def end(session: Session, uid: str, run: int, outcome: agent_pb2.OutcomeReport) 
     reason = EndReason.of(outcome.end_reason)
     result = dict(job.result) | messages.document(outcome.result)
     error = messages.document(outcome.error) if outcome.HasField("error") else {}
-    if state is State.FAILED:
+    if reason is EndReason.TIME_LIMIT:
+        error = over_time(job)
+    elif state is State.FAILED:
         error = root_cause(session.get_one(tables.JobRun, (uid, run)).failures, error)
     if state is State.SUCCEEDED and outcome.HasField("model"):
         row = _register(session, job, run, outcome)
@@ -202,6 +207,12 @@ def end(session: Session, uid: str, run: int, outcome: agent_pb2.OutcomeReport) 
     if "model_version" in result and state is State.SUCCEEDED:
         said += f": {result['model_version']} registered"
     return records.move(session, uid, state, said, run=run, end_reason=reason, result=result, error=error)
+
+
+def over_time(job: tables.Job) -> dict[str, Any]:
+    """The error of a job that was stopped at its time limit."""
+    limit = f"{job.time_limit_seconds or 0:g} s"
+    return {"code": "TIME_LIMIT", "message": f"stopped after its time limit of {limit}; raise time_limit, or do less"}
 
 
 def root_cause(failures: list[dict[str, Any]], error: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +241,7 @@ def _register(session: Session, job: tables.Job, run: int, outcome: agent_pb2.Ou
     base = made.base
     version = model_pb2.ModelVersion(
         base=base.name or spec.get("base", ""),
-        method=spec.get("method", "import"),
+        method=made.parameters.get("method") or spec.get("method", "import"),
         metrics=made.metrics,
         lineage=model_pb2.Lineage(
             job=messages.job_name(job),

@@ -1,0 +1,1 @@
+"""The contract of Luthier, its stubs, and a light client."""

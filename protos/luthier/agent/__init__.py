@@ -1,0 +1,1 @@
+"""What agents and the coordinator say to each other."""

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from luthier.v1 import job_pb2, training_pb2
 from sqlmodel import Session
 
 from coordinator.jobs import create
@@ -16,6 +15,7 @@ from coordinator.server import seed
 from coordinator.store.database import Store
 from coordinator.store.migrate import upgrade
 from coordinator.store.tables import Job
+from luthier.v1 import job_pb2, training_pb2
 
 
 @pytest.fixture

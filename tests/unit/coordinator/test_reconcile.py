@@ -6,8 +6,6 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
-from luthier.agent.v1 import agent_pb2
-from luthier.v1 import job_pb2
 from sqlmodel import Session
 
 from coordinator.cluster.launcher import Launcher, submission_id
@@ -19,6 +17,8 @@ from coordinator.jobs.tokens import claim_token
 from coordinator.notify import Notifier
 from coordinator.store import tables
 from coordinator.store.database import Store
+from luthier.agent.v1 import agent_pb2
+from luthier.v1 import job_pb2
 from tests.support.fake_ray import FakeRay
 
 NewJob = Callable[..., tables.Job]
@@ -185,4 +185,5 @@ async def test_a_run_over_its_time_limit_is_asked_then_told_to_stop(
     await loop.round()
     await loop.round()
     row = job_of(store, job)
-    assert (row.state, row.end_reason, row.error["message"]) == ("FAILED", "TIME_LIMIT", "stopped after its time limit of 60 s")
+    assert (row.state, row.end_reason) == ("FAILED", "TIME_LIMIT")
+    assert "stopped after its time limit of 60 s" in row.error["message"]

@@ -8,8 +8,6 @@ from collections.abc import Callable
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from luthier.agent.v1 import agent_pb2
-from luthier.v1 import job_pb2
 from sqlmodel import Session, SQLModel, col, select
 
 from common.errors import AlreadyExists, FailedPrecondition, PermissionDenied
@@ -18,6 +16,8 @@ from coordinator.jobs.states import ACTIVE, MOVES, SOURCES, TERMINAL, EndReason,
 from coordinator.jobs.tokens import claim_token
 from coordinator.store import tables
 from coordinator.store.database import Store
+from luthier.agent.v1 import agent_pb2
+from luthier.v1 import job_pb2
 
 NewJob = Callable[..., tables.Job]
 SECRET = "s" * 40
@@ -202,3 +202,11 @@ def test_progress_is_overwritten_and_metrics_are_kept(store: Store, new_job: New
     assert job_of(store, job.uid).progress == {"step": "2", "loss": 0.5}
     rows = store.read_now(lambda session: session.exec(select(tables.Metric).order_by(col(tables.Metric.id))).all())
     assert [(row.step, row.figures["loss"]) for row in rows] == [(1, 1.0), (2, 0.5)]
+
+
+def test_the_ranks_of_a_trial_do_not_speak_for_the_sweep(store: Store, new_job: NewJob) -> None:
+    job = new_job()
+    start(store, job)
+    before = len(events(store, job.uid))
+    send(store, job, phase(1, "training"), source="trial-00001/rank-0")
+    assert len(events(store, job.uid)) == before

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-from luthier.v1 import job_pb2, sweep_pb2, training_pb2
 
 from common.errors import InvalidArgument
 from coordinator.jobs.validate import validate
+from luthier.v1 import job_pb2, sweep_pb2, training_pb2
 
 KNOWN = frozenset({"full", "lora"})
 

@@ -1,5 +1,6 @@
 """Every kind of bad file gets an error that says where, and publishes nothing."""
 
+import contextlib
 import io
 import json
 import tracemalloc
@@ -174,6 +175,15 @@ def extension(name, nested=False):
     return pa.schema([field, pa.field("label", pa.string())])
 
 
+@pytest.fixture
+def no_registered_types():
+    """Ray registers its types in whatever process imports it; the process that reads data files never does."""
+    for name in ("ray.data.arrow_tensor", "ray.data.arrow_tensor_v2"):
+        with contextlib.suppress(pa.ArrowKeyError):
+            pa.unregister_extension_type(name)
+
+
+@pytest.mark.usefixtures("no_registered_types")
 @pytest.mark.parametrize("name", ["ray.data.arrow_tensor", "ray.data.arrow_tensor_v2", "arrow.py_extension_type", "own.type"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_parquet_types_that_run_code_are_refused(take, name, nested):
