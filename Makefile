@@ -12,8 +12,9 @@ install: $(STAMP)
 $(STAMP): pyproject.toml protos/pyproject.toml constraints.txt
 	$(PYTHON) scripts/check_machine.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'installing into $(VENV): some minutes the first time'
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --progress-bar on --quiet -c constraints.txt -e ./protos -e '.[dev,postgres]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ./protos -e '.[dev,postgres]'
 	touch $@
 
 demo: install
