@@ -136,7 +136,7 @@ def _path(text: str, allowed: bool) -> agent_pb2.Artifact:
     folder = Path(os.path.realpath(text))
     if not folder.is_dir():
         raise NotFound(f"there is no folder {text[:200]!r} on the coordinator's machine", "BASE_NOT_FOUND")
-    return agent_pb2.Artifact(name=str(folder), kind="path", uri=str(folder), model_kind=check_model_folder(folder).kind)
+    return agent_pb2.Artifact(name=str(folder), kind="path", model_kind=check_model_folder(folder).kind)
 
 
 def _hub(hub_id: str) -> agent_pb2.Artifact:
@@ -155,7 +155,7 @@ def _hub(hub_id: str) -> agent_pb2.Artifact:
         raise Unavailable(why, "HUB_UNAVAILABLE") from error
     if not any(file.rfilename.endswith(".safetensors") for file in info.siblings or []):
         raise InvalidArgument(f"{hub_id!r} has no safetensors weights, and nothing else is loaded", "NO_SAFETENSORS")
-    return agent_pb2.Artifact(name=f"hf:{hub_id}", kind="hub", uri=hub_id, revision=info.sha or "", model_kind="full")
+    return agent_pb2.Artifact(name=f"hf:{hub_id}", kind="hub", revision=info.sha or "", model_kind="full")
 
 
 class _field:

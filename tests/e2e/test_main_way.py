@@ -27,7 +27,7 @@ def trained(stack: Stack, client: Client, tmp_path_factory: pytest.TempPathFacto
     assert int(version["row_count"]) >= ROWS
     shown = stack.cli(
         "train", "--base", "builtin:tiny", "--dataset", "docstrings", "--method", "full", "--workers", "2", "--zero", "2",
-        "--epochs", "2", "--batch-size", "16", "--lr", "2e-3", "--output-model", "groups",
+        "--max-steps", "90", "--max-length", "96", "--batch-size", "16", "--lr", "2e-3", "--output-model", "groups",
         "--eval-before", "--generate", "--output", "json",
     )  # fmt: skip
     job = wait_for(client, json.loads(shown.stdout)["name"], seconds=600)
@@ -128,5 +128,5 @@ def test_the_endpoint_answers_everybody_with_a_key(stack: Stack, client: Client,
     assert answer in queried.stdout
 
     stack.cli("endpoint", "delete", "groups", "--wait")
-    assert stack.json("endpoint", "list") in ({}, {"endpoints": []})
+    assert not stack.json("endpoint", "list").get("endpoints")
     assert Path(stack.home).exists()
