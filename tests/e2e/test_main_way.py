@@ -27,7 +27,7 @@ def trained(stack: Stack, client: Client, tmp_path_factory: pytest.TempPathFacto
     assert int(version["row_count"]) >= ROWS
     shown = stack.cli(
         "train", "--base", "builtin:tiny", "--dataset", "docstrings", "--method", "full", "--workers", "2", "--zero", "2",
-        "--max-steps", "90", "--max-length", "96", "--batch-size", "16", "--lr", "2e-3", "--output-model", "groups",
+        "--max-steps", "90", "--batch-size", "16", "--lr", "2e-3", "--output-model", "groups",
         "--eval-before", "--generate", "--output", "json",
     )  # fmt: skip
     job = wait_for(client, json.loads(shown.stdout)["name"], seconds=600)
