@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOS := $(shell find protos/luthier -name '*.proto' | sort)
 
-.PHONY: install demo test test-fast check proto bench clean
+.PHONY: install demo test test-fast chaos check proto bench clean
 
 install: $(STAMP)
 
@@ -25,6 +25,9 @@ test: install
 
 test-fast: install
 	$(BIN)/python -m pytest tests/unit
+
+chaos: install
+	$(BIN)/python -m pytest tests -m chaos
 
 check: install
 	$(BIN)/ruff format --check .

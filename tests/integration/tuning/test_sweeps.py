@@ -36,6 +36,7 @@ def all_cpus_come_back(count: float, seconds: float = 30) -> bool:
     return ray.available_resources().get("CPU", 0) == count
 
 
+@pytest.mark.chaos
 def test_a_grid_of_four_two_at_a_time_ends_with_its_best_model(sweep):
     outcome, coordinator, folder = sweep(
         {
@@ -129,6 +130,7 @@ def test_where_all_fail_the_first_root_cause_is_told(sweep):
     assert not outcome.HasField("model")
 
 
+@pytest.mark.chaos
 def test_a_wish_ends_all_trials(sweep):
     def cancel_once_it_trains(coordinator):
         def wait() -> None:
