@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from common.errors import Internal, InvalidArgument, Violation
+from common.errors import Internal, InvalidArgument, Unavailable, Violation
 from coordinator.messages import parse
 from luthier.v1 import dataset_pb2
 
@@ -19,6 +19,9 @@ MEMORY_LIMIT = 8 * 2**30
 
 TIME_LIMIT = 1800.0
 """Seconds that reading a file may take."""
+
+BAD_INPUT = 2
+"""Exit status of the reader where the file is to blame; with any other it is storage or machine."""
 
 ADDED = {"MALLOC_ARENA_MAX": "2", "ARROW_DEFAULT_MEMORY_POOL": "system", "OMP_NUM_THREADS": "1"}
 """Keeps the address space of a process with many threads within the limit."""
@@ -68,6 +71,8 @@ async def ingest(staged: Path, header: dataset_pb2.UploadDatasetHeader, out_uri:
     if "error" in answer:
         error = answer["error"]
         violations = [Violation(each["field"], each["description"]) for each in error.get("violations", [])]
+        if process.returncode != BAD_INPUT:
+            raise Unavailable(error["message"], error.get("reason", "INGEST_FAILED"), violations)
         raise InvalidArgument(error["message"], error.get("reason", "BAD_DATA"), violations)
     return parse(answer, dataset_pb2.DatasetVersion())
 
