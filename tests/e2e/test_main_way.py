@@ -27,8 +27,8 @@ def trained(stack: Stack, client: Client, tmp_path_factory: pytest.TempPathFacto
     assert int(version["row_count"]) >= ROWS
     shown = stack.cli(
         "train", "--base", "builtin:tiny", "--dataset", "docstrings", "--method", "full", "--workers", "2", "--zero", "2",
-        "--max-steps", "90", "--batch-size", "16", "--lr", "2e-3", "--output-model", "groups",
-        "--eval-before", "--generate", "--output", "json",
+        "--max-steps", "80", "--batch-size", "8", "--lr", "2e-3", "--output-model", "groups",
+        "--eval-before", "--generate", "--eval-rows", "120", "--output", "json",
     )  # fmt: skip
     job = wait_for(client, json.loads(shown.stdout)["name"], seconds=600)
     assert job.state == job_pb2.JOB_STATE_SUCCEEDED, job.error
@@ -79,7 +79,7 @@ def test_progress_and_metrics_were_streamed(client: Client, trained: job_pb2.Job
 
 
 def test_an_evaluation_of_its_own_says_the_same(stack: Stack, client: Client, trained: job_pb2.Job) -> None:
-    shown = stack.cli("evaluate", "--model", "groups@1", "--dataset", "docstrings", "--output", "json")
+    shown = stack.cli("evaluate", "--model", "groups@1", "--dataset", "docstrings", "--max-rows", "120", "--output", "json")
     job = wait_for(client, json.loads(shown.stdout)["name"])
     assert job.state == job_pb2.JOB_STATE_SUCCEEDED, job.error
     assert job.result.after.loss == pytest.approx(trained.result.after.loss, rel=1e-4)

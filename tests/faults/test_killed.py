@@ -135,6 +135,7 @@ def test_a_running_job_is_cancelled_and_its_processes_end(prepared: Stack, clien
     wait_until(lambda: not processes_of(prepared, job))
 
 
+@pytest.mark.chaos
 def test_a_job_over_its_time_limit_is_stopped(prepared: Stack, client: Client) -> None:
     job = client.create_job(training(steps=100_000, time_limit="25s"))
     done = wait_for(client, job.name, seconds=120)

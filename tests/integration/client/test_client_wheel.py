@@ -74,6 +74,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
+@pytest.mark.chaos  # tests/e2e/test_light_client.py does it against a real stack
 def test_a_service_with_only_the_wheel_submits_watches_and_reads_the_result(wheel: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv" / "bin" / "python"

@@ -83,6 +83,6 @@ def test_a_wish_ends_it_and_frees_its_place(storage):
     with pytest.raises(RunCancelled):
         score(storage, link)
     deadline = time.monotonic() + 20
-    while ray.available_resources().get("CPU", 0) < 2 and time.monotonic() < deadline:
+    while ray.available_resources().get("CPU", 0) < 3 and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert ray.available_resources()["CPU"] == 2
+    assert ray.available_resources()["CPU"] == 3

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,23 +15,6 @@ from common import manifest
 from luthier.agent.v1 import agent_pb2
 from tests.support.fake_coordinator import TOKEN, FakeCoordinator
 from tests.support.micro_model import COLOURS, build_data, build_micro
-
-
-@pytest.fixture(scope="session")
-def sweep_ray() -> Iterator[None]:
-    import ray
-
-    folder = tempfile.mkdtemp(prefix="lt-", dir="/tmp")  # short: the paths of Ray's sockets have a limit
-    before = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_ADDRESS", "LUTHIER_NODE_HOME", "OMP_NUM_THREADS")}
-    os.environ.pop("RAY_ADDRESS", None)
-    os.environ.update(RAY_AUTH_MODE="disabled", LUTHIER_NODE_HOME=f"{folder}/node", OMP_NUM_THREADS="1")
-    # As many as two trials at a time take, and no more: two drivers and two ranks.
-    ray.init(address="local", num_cpus=3, _temp_dir=folder, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-    for name, value in before.items():
-        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +34,7 @@ Sweep = Callable[..., tuple[agent_pb2.OutcomeReport, FakeCoordinator, Path]]
 
 
 @pytest.fixture
-def sweep(sweep_ray: None, inputs: dict[str, agent_pb2.Artifact], tmp_path: Path) -> Iterator[Sweep]:
+def sweep(private_ray: None, inputs: dict[str, agent_pb2.Artifact], tmp_path: Path) -> Iterator[Sweep]:
     """Run a sweep to its end; `during` is called with the coordinator before it starts."""
     coordinator = FakeCoordinator()
 

@@ -88,6 +88,7 @@ def test_a_grid_of_four_two_at_a_time_ends_with_its_best_model(sweep):
     assert all_cpus_come_back(3)
 
 
+@pytest.mark.chaos
 def test_asha_ends_the_worse_trials_early_and_frees_their_places(sweep):
     outcome, _, _ = sweep(
         {

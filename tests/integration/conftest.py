@@ -1,4 +1,4 @@
-"""A private Ray of two CPUs."""
+"""A private Ray for the tests of agents, in this very process: one for all of them, because a process joins one Ray at a time."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
+PRIVATE_CPUS = 3
+
 
 @pytest.fixture(scope="session")
 def private_ray() -> Iterator[None]:
@@ -18,7 +20,8 @@ def private_ray() -> Iterator[None]:
     before = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_ADDRESS", "LUTHIER_NODE_HOME", "OMP_NUM_THREADS")}
     os.environ.pop("RAY_ADDRESS", None)
     os.environ.update(RAY_AUTH_MODE="disabled", LUTHIER_NODE_HOME=f"{folder}/node", OMP_NUM_THREADS="1")
-    ray.init(address="local", num_cpus=2, _temp_dir=folder, include_dashboard=False, log_to_driver=False)
+    # As many as two trials of a sweep take at a time, and no more: two drivers and two ranks.
+    ray.init(address="local", num_cpus=PRIVATE_CPUS, _temp_dir=folder, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
     for name, value in before.items():
