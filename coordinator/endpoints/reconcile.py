@@ -69,6 +69,7 @@ class Deployer:
         self._notifier = notifier
         self._gateway = GatewaySpec(host=host, port=port)
         self._sent = ""
+        self._announced: frozenset[str] = frozenset()
         self.url = f"http://{'127.0.0.1' if host in ('', '0.0.0.0') else host}:{port}/v1"  # noqa: S104 (a comparison)
         self.gateway_state = "not_started"
 
@@ -93,8 +94,11 @@ class Deployer:
             return False
         details = await asyncio.to_thread(self._cluster.serve_details) if endpoints or self._sent else {}
         status = read_status(details)
+        # What the gateway knew when the status was read: a route that it is only now told of does not answer yet.
+        gateway = status.get(GATEWAY_APP)
+        known = self._announced if gateway is not None and gateway.state == "RUNNING" else frozenset[str]()
         await self._send(endpoints, keys, status)
-        changed = await self._store.write(lambda session: _write_down(session, endpoints, status))
+        changed = await self._store.write(lambda session: _write_down(session, endpoints, status, known))
         if changed:
             # A route that became ready, or an endpoint that is gone, changes what the gateway has to know.
             endpoints, keys = await self._store.read(_read)
@@ -118,6 +122,9 @@ class Deployer:
         if text != self._sent:
             await asyncio.to_thread(self._cluster.deploy, config)
             self._sent = text
+        self._announced = frozenset(
+            app.name for endpoint in endpoints for _, app in apps_of(endpoint) if app.name in status and status[app.name].ready
+        )
 
     def _tell_gateway(self, endpoints: Sequence[tables.Endpoint], status: Mapping[str, AppStatus]) -> None:
         gateway = status.get(GATEWAY_APP)
@@ -188,8 +195,13 @@ def _read(session: Session) -> tuple[Sequence[tables.Endpoint], Sequence[tables.
     return endpoints, keys
 
 
-def _write_down(session: Session, seen: Sequence[tables.Endpoint], status: Mapping[str, AppStatus]) -> bool:
-    """Record what was observed of each endpoint, unless its desired state changed meanwhile. True if anything changed."""
+def _write_down(
+    session: Session, seen: Sequence[tables.Endpoint], status: Mapping[str, AppStatus], known: frozenset[str]
+) -> bool:
+    """Record what was observed of each endpoint, unless its desired state changed meanwhile. True if anything changed.
+
+    `known` are the applications that the gateway leads to: an endpoint is READY once its replicas and the way to them are.
+    """
     changed = False
     for old in seen:
         row = session.get(tables.Endpoint, (old.project_id, old.id))
@@ -203,6 +215,8 @@ def _write_down(session: Session, seen: Sequence[tables.Endpoint], status: Mappi
             continue
         ready = {version: status[name].ready_replicas if name in status else 0 for version, name in names}
         state, error = _state(row, [status.get(name) for _, name in names])
+        if state == READY and row.state != READY and not known.issuperset(name for _, name in names):
+            state = DEPLOYING
         if (state, error, ready) != (row.state, row.error, row.ready_replicas):
             row.state, row.error, row.ready_replicas = state, error, ready
             row.version, row.update_time = row.version + 1, now()

@@ -86,7 +86,11 @@ def test_an_evaluation_of_its_own_says_the_same(stack: Stack, client: Client, tr
     assert job.result.after.generated.accuracy == pytest.approx(trained.result.after.generated.accuracy, abs=0.01)
 
 
-def test_the_endpoint_answers_everybody_with_a_key(stack: Stack, client: Client, trained: job_pb2.Job) -> None:
+def test_the_endpoint_answers_everybody_with_a_key(
+    stack: Stack, client: Client, trained: job_pb2.Job, request: pytest.FixtureRequest
+) -> None:
+    # Whatever happens here, the stack that others share gets its CPUs back.
+    request.addfinalizer(lambda: stack.cli("endpoint", "delete", "groups", "--wait", check=False))
     stack.cli("endpoint", "deploy", "groups", "--model", "groups@1")
     endpoint = wait_for_endpoint(client, "projects/default/endpoints/groups")
     assert endpoint.routes[0].ready_replicas == 1
