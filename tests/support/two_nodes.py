@@ -21,6 +21,7 @@ def main(root: Path) -> None:
     os.environ["RAY_TMPDIR"] = str(root)
     (root / "ray").mkdir()
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    from ray._private.utils import write_ray_address
     from ray.cluster_utils import Cluster
 
     def of_node(name: str, other: str) -> dict[str, str]:
@@ -48,6 +49,9 @@ def main(root: Path) -> None:
     )
     cluster.add_node(num_cpus=2, env_vars=of_node("node-b", "node-a"), **common)
     cluster.wait_for_nodes()
+    # As `ray start` does, and `Cluster` does not: a job's supervisor finds its cluster by this file. Without it the supervisor takes
+    # any Ray that runs on the machine, which is another test's stack every other time.
+    write_ray_address(cluster.gcs_address, common["temp_dir"])
     print(json.dumps({"dashboard": f"http://{cluster.head_node.webui_url}"}), flush=True)
     sys.stdin.read()
     cluster.shutdown()
