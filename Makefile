@@ -20,8 +20,9 @@ $(STAMP): pyproject.toml protos/pyproject.toml constraints.txt
 demo: install
 	$(BIN)/luthier demo --report demo-report.json
 
+# Two processes share the run: one has the stack, the other everything else (tests/conftest.py says which test goes where).
 test: install
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-fast: install
 	$(BIN)/python -m pytest tests/unit

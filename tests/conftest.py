@@ -15,6 +15,15 @@ from tests.support.hub_server import Hub, serve
 from tests.support.stack import Stack
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say which tests stay together where two processes share a run: those of the one stack, those of the one private Ray."""
+    for item in items:
+        path = item.path.relative_to(Path(__file__).parent)
+        shared = "stack" if "stack" in getattr(item, "fixturenames", ()) else path.parts[0]
+        item.add_marker(pytest.mark.xdist_group(shared if shared in ("stack", "integration") else path.as_posix()))
+
+
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     """A hub that has nothing yet; tests put folders into `repositories`."""

@@ -49,8 +49,8 @@ def main(root: Path) -> None:
     )
     cluster.add_node(num_cpus=2, env_vars=of_node("node-b", "node-a"), **common)
     cluster.wait_for_nodes()
-    # As `ray start` does, and `Cluster` does not: a job's supervisor finds its cluster by this file. Without it the supervisor takes
-    # any Ray that runs on the machine, which is another test's stack every other time.
+    # As `ray start` does, and `Cluster` does not: a job's supervisor finds its cluster by this file. Without it the supervisor
+    # takes any Ray that runs on the machine, which is another test's stack every other time.
     write_ray_address(cluster.gcs_address, common["temp_dir"])
     print(json.dumps({"dashboard": f"http://{cluster.head_node.webui_url}"}), flush=True)
     sys.stdin.read()
