@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import Unavailable
-from coordinator.jobs.resources import DRIVER_CPUS, Demand
+from coordinator.jobs.resources import DRIVER_CPUS
+from coordinator.scheduling.model import Demand
 
 ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 """Ray's words for a job that has ended."""

@@ -27,8 +27,8 @@ from coordinator.cluster.serve_config import (
     read_status,
     render,
 )
-from coordinator.jobs.resources import Demand
 from coordinator.notify import Notifier
+from coordinator.scheduling.model import Demand
 from coordinator.store import tables
 from coordinator.store.database import Store
 from coordinator.store.tables import now

@@ -19,9 +19,9 @@ from coordinator.cluster.launcher import Launcher, submission_id
 from coordinator.cluster.ray_cluster import Capacity, Submission
 from coordinator.jobs import records
 from coordinator.jobs.report import over_time, root_cause
-from coordinator.jobs.resources import Demand
 from coordinator.jobs.states import ACTIVE, EndReason, State
 from coordinator.notify import Notifier
+from coordinator.scheduling.model import Demand
 from coordinator.scheduling.plan import Decision, Waiting, plan
 from coordinator.store import tables
 from coordinator.store.database import Store

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from coordinator.scheduling.model import Demand
 from luthier.v1 import job_pb2, training_pb2
 
 DRIVER_CPUS = 0.25
@@ -14,31 +13,6 @@ TRIAL_CPUS = 0.25
 
 EVALUATION_CPUS = 1.0
 """Logical CPUs of an evaluation's task."""
-
-
-@dataclass(frozen=True)
-class Demand:
-    """Logical CPUs and GPUs."""
-
-    cpus: float = 0.0
-    gpus: float = 0.0
-
-    def __add__(self, other: Demand) -> Demand:
-        return Demand(self.cpus + other.cpus, self.gpus + other.gpus)
-
-    def __sub__(self, other: Demand) -> Demand:
-        return Demand(self.cpus - other.cpus, self.gpus - other.gpus)
-
-    def times(self, count: int) -> Demand:
-        """This demand, `count` times."""
-        return Demand(self.cpus * count, self.gpus * count)
-
-    def fits(self, free: Demand) -> bool:
-        """Whether all of it is within `free` (fractions of CPUs add up inexactly)."""
-        return self.cpus <= free.cpus + 1e-6 and self.gpus <= free.gpus + 1e-6
-
-    def __str__(self) -> str:
-        return f"{self.cpus:g} CPUs" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
 
 
 def fill_in(job: job_pb2.Job, cluster_has_gpus: bool) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from coordinator.jobs.resources import Demand
+from coordinator.scheduling.model import Demand
 
 
 @dataclass(frozen=True)

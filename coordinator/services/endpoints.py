@@ -14,8 +14,8 @@ from coordinator import messages, registry
 from coordinator.endpoints.reconcile import GATEWAY, Deployer
 from coordinator.jobs.reconcile import Reconciler
 from coordinator.jobs.resolve import registered
-from coordinator.jobs.resources import Demand
 from coordinator.notify import Notifier
+from coordinator.scheduling.model import Demand
 from coordinator.services import paging
 from coordinator.services.principal import Context, Principal, principal
 from coordinator.store import tables

@@ -59,6 +59,18 @@ class Project(SQLModel, table=True):
     """A tenant."""
 
     id: str = Field(primary_key=True)
+    display_name: str = ""
+    share: float = 1.0
+    quota: dict[str, float] = _json()
+    ceiling: dict[str, float] = _json()
+    budget: dict[str, float] = _json()
+    version: int = _big(1)
+    # What its ended runs spent in all, and the same decayed to `decay_time` (see jobs/usage.py).
+    cpu_seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    decayed_cpu_seconds: float = 0.0
+    decayed_gpu_seconds: float = 0.0
+    decay_time: datetime | None = _time(nullable=True)
     create_time: datetime = _time()
 
 
@@ -95,8 +107,12 @@ class Job(SQLModel, table=True):
     time_limit_seconds: float | None = None
     spec: dict[str, Any] = _json()
     inputs: dict[str, Any] = _json()
+    # What it holds while it runs, and how that is made up (scheduling/model.py, Shape).
     cpus: float = 0.0
     gpus: float = 0.0
+    shape: dict[str, Any] = _json()
+    retry: dict[str, Any] = _json()
+    budget: dict[str, float] = _json()
     request_id: str | None = None
     request_sha256: str = ""
     creator: str = ""
@@ -113,13 +129,34 @@ class Job(SQLModel, table=True):
     result: dict[str, Any] = _json()
     error: dict[str, Any] = _json()
 
+    # Wishes: each with when and why; empty while nobody wishes it.
     cancel_time: datetime | None = _time(nullable=True)
     cancel_reason: str = "UNSPECIFIED"
+    pause_time: datetime | None = _time(nullable=True)
+    pause_reason: str = "UNSPECIFIED"
+    finish_time: datetime | None = _time(nullable=True)
+    finish_reason: str = "UNSPECIFIED"
+
+    # Not started before this moment: the pause after a fault.
+    not_before: datetime | None = _time(nullable=True)
+    # Why it waits, as last told in an event.
+    queue_reason: str = Field(default="", sa_column=Column(Text, nullable=False))
+    # What its ended runs spent.
+    cpu_seconds: float = 0.0
+    gpu_seconds: float = 0.0
 
     create_time: datetime = _time()
     start_time: datetime | None = _time(nullable=True)
     end_time: datetime | None = _time(nullable=True)
     update_time: datetime = _time()
+
+
+class JobDependency(SQLModel, table=True):
+    """`job_uid` starts only after `after_uid` has succeeded."""
+
+    __tablename__: ClassVar[Any] = "job_dependency"
+    job_uid: str = Field(primary_key=True, foreign_key="job.uid")
+    after_uid: str = Field(primary_key=True, foreign_key="job.uid", index=True)
 
 
 class JobRun(SQLModel, table=True):
@@ -134,6 +171,12 @@ class JobRun(SQLModel, table=True):
     claim_time: datetime | None = _time(nullable=True)
     report_time: datetime | None = _time(nullable=True)
     end_time: datetime | None = _time(nullable=True)
+    end_reason: str = "UNSPECIFIED"
+    error: dict[str, Any] = _json()
+    workers: int = 0
+    resumed_step: int = _big()
+    cpus: float = 0.0
+    gpus: float = 0.0
     failures: list[dict[str, Any]] = _json(list)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from common.errors import Unavailable
 from coordinator.cluster.ray_cluster import Capacity, Submission
-from coordinator.jobs.resources import Demand
+from coordinator.scheduling.model import Demand
 
 
 class FakeRay:

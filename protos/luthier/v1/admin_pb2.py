@@ -22,50 +22,76 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from luthier.v1 import job_pb2 as luthier_dot_v1_dot_job__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16luthier/v1/admin.proto\x12\nluthier.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xdc\x01\n\x03Key\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x1e\n\x04role\x18\x03 \x01(\x0e\x32\x10.luthier.v1.Role\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brevoke_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"@\n\x10\x43reateKeyRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x1c\n\x03key\x18\x02 \x01(\x0b\x32\x0f.luthier.v1.Key\"@\n\x11\x43reateKeyResponse\x12\x1c\n\x03key\x18\x01 \x01(\x0b\x32\x0f.luthier.v1.Key\x12\r\n\x05token\x18\x02 \x01(\t\"H\n\x0fListKeysRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"J\n\x10ListKeysResponse\x12\x1d\n\x04keys\x18\x01 \x03(\x0b\x32\x0f.luthier.v1.Key\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x10RevokeKeyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"1\n\x11RevokeKeyResponse\x12\x1c\n\x03key\x18\x01 \x01(\x0b\x32\x0f.luthier.v1.Key\"\x12\n\x10GetStatusRequest\"\xeb\x02\n\x11GetStatusResponse\x12\x32\n\x0b\x63oordinator\x18\x01 \x01(\x0b\x32\x1d.luthier.v1.CoordinatorStatus\x12*\n\x07gateway\x18\x02 \x01(\x0b\x32\x19.luthier.v1.GatewayStatus\x12\"\n\x03ray\x18\x03 \x01(\x0b\x32\x15.luthier.v1.RayStatus\x12\x35\n\x04jobs\x18\x04 \x03(\x0b\x32\'.luthier.v1.GetStatusResponse.JobsEntry\x12=\n\x08versions\x18\x05 \x03(\x0b\x32+.luthier.v1.GetStatusResponse.VersionsEntry\x1a+\n\tJobsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"p\n\x11\x43oordinatorStatus\x12\x0b\n\x03pid\x18\x01 \x01(\x05\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12.\n\nstart_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05store\x18\x04 \x01(\t\"+\n\rGatewayStatus\x12\x0b\n\x03url\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\"\x8f\x01\n\tRayStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\r\n\x05nodes\x18\x04 \x01(\x05\x12\x0c\n\x04\x63pus\x18\x05 \x01(\x01\x12\x11\n\tcpus_free\x18\x06 \x01(\x01\x12\x0c\n\x04gpus\x18\x07 \x01(\x01\x12\x11\n\tgpus_free\x18\x08 \x01(\x01*^\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0e\n\nROLE_QUERY\x10\x01\x12\x0f\n\x0bROLE_VIEWER\x10\x02\x12\x0f\n\x0bROLE_EDITOR\x10\x03\x12\x0e\n\nROLE_ADMIN\x10\x04\x32\xb3\x02\n\x0c\x41\x64minService\x12H\n\tCreateKey\x12\x1c.luthier.v1.CreateKeyRequest\x1a\x1d.luthier.v1.CreateKeyResponse\x12\x45\n\x08ListKeys\x12\x1b.luthier.v1.ListKeysRequest\x1a\x1c.luthier.v1.ListKeysResponse\x12H\n\tRevokeKey\x12\x1c.luthier.v1.RevokeKeyRequest\x1a\x1d.luthier.v1.RevokeKeyResponse\x12H\n\tGetStatus\x12\x1c.luthier.v1.GetStatusRequest\x1a\x1d.luthier.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16luthier/v1/admin.proto\x12\nluthier.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14luthier/v1/job.proto\"C\n\tResources\x12\x11\n\x04\x63pus\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04gpus\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\x07\n\x05_cpusB\x07\n\x05_gpus\"\x9b\x03\n\x07Project\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x12\n\x05share\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12$\n\x05quota\x18\x04 \x01(\x0b\x32\x15.luthier.v1.Resources\x12$\n\x05limit\x18\x05 \x01(\x0b\x32\x15.luthier.v1.Resources\x12\"\n\x06\x62udget\x18\x06 \x01(\x0b\x32\x12.luthier.v1.Budget\x12#\n\x04held\x18\x07 \x01(\x0b\x32\x15.luthier.v1.Resources\x12 \n\x05usage\x18\x08 \x01(\x0b\x32\x11.luthier.v1.Usage\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\n \x01(\t\x12+\n\x04jobs\x18\x0b \x03(\x0b\x32\x1d.luthier.v1.Project.JobsEntry\x1a+\n\tJobsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x42\x08\n\x06_share\"P\n\x14\x43reateProjectRequest\x12\x12\n\nproject_id\x18\x01 \x01(\t\x12$\n\x07project\x18\x02 \x01(\x0b\x32\x13.luthier.v1.Project\"=\n\x15\x43reateProjectResponse\x12$\n\x07project\x18\x01 \x01(\x0b\x32\x13.luthier.v1.Project\"!\n\x11GetProjectRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x12GetProjectResponse\x12$\n\x07project\x18\x01 \x01(\x0b\x32\x13.luthier.v1.Project\"<\n\x13ListProjectsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"V\n\x14ListProjectsResponse\x12%\n\x08projects\x18\x01 \x03(\x0b\x32\x13.luthier.v1.Project\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"{\n\x14UpdateProjectRequest\x12$\n\x07project\x18\x01 \x01(\x0b\x32\x13.luthier.v1.Project\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\"=\n\x15UpdateProjectResponse\x12$\n\x07project\x18\x01 \x01(\x0b\x32\x13.luthier.v1.Project\"\xdc\x01\n\x03Key\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x1e\n\x04role\x18\x03 \x01(\x0e\x32\x10.luthier.v1.Role\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brevoke_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"@\n\x10\x43reateKeyRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x1c\n\x03key\x18\x02 \x01(\x0b\x32\x0f.luthier.v1.Key\"@\n\x11\x43reateKeyResponse\x12\x1c\n\x03key\x18\x01 \x01(\x0b\x32\x0f.luthier.v1.Key\x12\r\n\x05token\x18\x02 \x01(\t\"H\n\x0fListKeysRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"J\n\x10ListKeysResponse\x12\x1d\n\x04keys\x18\x01 \x03(\x0b\x32\x0f.luthier.v1.Key\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x10RevokeKeyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"1\n\x11RevokeKeyResponse\x12\x1c\n\x03key\x18\x01 \x01(\x0b\x32\x0f.luthier.v1.Key\"\x12\n\x10GetStatusRequest\"\xeb\x02\n\x11GetStatusResponse\x12\x32\n\x0b\x63oordinator\x18\x01 \x01(\x0b\x32\x1d.luthier.v1.CoordinatorStatus\x12*\n\x07gateway\x18\x02 \x01(\x0b\x32\x19.luthier.v1.GatewayStatus\x12\"\n\x03ray\x18\x03 \x01(\x0b\x32\x15.luthier.v1.RayStatus\x12\x35\n\x04jobs\x18\x04 \x03(\x0b\x32\'.luthier.v1.GetStatusResponse.JobsEntry\x12=\n\x08versions\x18\x05 \x03(\x0b\x32+.luthier.v1.GetStatusResponse.VersionsEntry\x1a+\n\tJobsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"p\n\x11\x43oordinatorStatus\x12\x0b\n\x03pid\x18\x01 \x01(\x05\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12.\n\nstart_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05store\x18\x04 \x01(\t\"+\n\rGatewayStatus\x12\x0b\n\x03url\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\"\x8f\x01\n\tRayStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\r\n\x05nodes\x18\x04 \x01(\x05\x12\x0c\n\x04\x63pus\x18\x05 \x01(\x01\x12\x11\n\tcpus_free\x18\x06 \x01(\x01\x12\x0c\n\x04gpus\x18\x07 \x01(\x01\x12\x11\n\tgpus_free\x18\x08 \x01(\x01*q\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0e\n\nROLE_QUERY\x10\x01\x12\x0f\n\x0bROLE_VIEWER\x10\x02\x12\x0f\n\x0bROLE_EDITOR\x10\x03\x12\x0e\n\nROLE_ADMIN\x10\x04\x12\x11\n\rROLE_OPERATOR\x10\x05\x32\xff\x04\n\x0c\x41\x64minService\x12H\n\tCreateKey\x12\x1c.luthier.v1.CreateKeyRequest\x1a\x1d.luthier.v1.CreateKeyResponse\x12\x45\n\x08ListKeys\x12\x1b.luthier.v1.ListKeysRequest\x1a\x1c.luthier.v1.ListKeysResponse\x12H\n\tRevokeKey\x12\x1c.luthier.v1.RevokeKeyRequest\x1a\x1d.luthier.v1.RevokeKeyResponse\x12T\n\rCreateProject\x12 .luthier.v1.CreateProjectRequest\x1a!.luthier.v1.CreateProjectResponse\x12K\n\nGetProject\x12\x1d.luthier.v1.GetProjectRequest\x1a\x1e.luthier.v1.GetProjectResponse\x12Q\n\x0cListProjects\x12\x1f.luthier.v1.ListProjectsRequest\x1a .luthier.v1.ListProjectsResponse\x12T\n\rUpdateProject\x12 .luthier.v1.UpdateProjectRequest\x1a!.luthier.v1.UpdateProjectResponse\x12H\n\tGetStatus\x12\x1c.luthier.v1.GetStatusRequest\x1a\x1d.luthier.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'luthier.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_PROJECT_JOBSENTRY']._loaded_options = None
+  _globals['_PROJECT_JOBSENTRY']._serialized_options = b'8\001'
   _globals['_GETSTATUSRESPONSE_JOBSENTRY']._loaded_options = None
   _globals['_GETSTATUSRESPONSE_JOBSENTRY']._serialized_options = b'8\001'
   _globals['_GETSTATUSRESPONSE_VERSIONSENTRY']._loaded_options = None
   _globals['_GETSTATUSRESPONSE_VERSIONSENTRY']._serialized_options = b'8\001'
-  _globals['_ROLE']._serialized_start=1352
-  _globals['_ROLE']._serialized_end=1446
-  _globals['_KEY']._serialized_start=72
-  _globals['_KEY']._serialized_end=292
-  _globals['_CREATEKEYREQUEST']._serialized_start=294
-  _globals['_CREATEKEYREQUEST']._serialized_end=358
-  _globals['_CREATEKEYRESPONSE']._serialized_start=360
-  _globals['_CREATEKEYRESPONSE']._serialized_end=424
-  _globals['_LISTKEYSREQUEST']._serialized_start=426
-  _globals['_LISTKEYSREQUEST']._serialized_end=498
-  _globals['_LISTKEYSRESPONSE']._serialized_start=500
-  _globals['_LISTKEYSRESPONSE']._serialized_end=574
-  _globals['_REVOKEKEYREQUEST']._serialized_start=576
-  _globals['_REVOKEKEYREQUEST']._serialized_end=608
-  _globals['_REVOKEKEYRESPONSE']._serialized_start=610
-  _globals['_REVOKEKEYRESPONSE']._serialized_end=659
-  _globals['_GETSTATUSREQUEST']._serialized_start=661
-  _globals['_GETSTATUSREQUEST']._serialized_end=679
-  _globals['_GETSTATUSRESPONSE']._serialized_start=682
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1045
-  _globals['_GETSTATUSRESPONSE_JOBSENTRY']._serialized_start=953
-  _globals['_GETSTATUSRESPONSE_JOBSENTRY']._serialized_end=996
-  _globals['_GETSTATUSRESPONSE_VERSIONSENTRY']._serialized_start=998
-  _globals['_GETSTATUSRESPONSE_VERSIONSENTRY']._serialized_end=1045
-  _globals['_COORDINATORSTATUS']._serialized_start=1047
-  _globals['_COORDINATORSTATUS']._serialized_end=1159
-  _globals['_GATEWAYSTATUS']._serialized_start=1161
-  _globals['_GATEWAYSTATUS']._serialized_end=1204
-  _globals['_RAYSTATUS']._serialized_start=1207
-  _globals['_RAYSTATUS']._serialized_end=1350
-  _globals['_ADMINSERVICE']._serialized_start=1449
-  _globals['_ADMINSERVICE']._serialized_end=1756
+  _globals['_ROLE']._serialized_start=2469
+  _globals['_ROLE']._serialized_end=2582
+  _globals['_RESOURCES']._serialized_start=127
+  _globals['_RESOURCES']._serialized_end=194
+  _globals['_PROJECT']._serialized_start=197
+  _globals['_PROJECT']._serialized_end=608
+  _globals['_PROJECT_JOBSENTRY']._serialized_start=555
+  _globals['_PROJECT_JOBSENTRY']._serialized_end=598
+  _globals['_CREATEPROJECTREQUEST']._serialized_start=610
+  _globals['_CREATEPROJECTREQUEST']._serialized_end=690
+  _globals['_CREATEPROJECTRESPONSE']._serialized_start=692
+  _globals['_CREATEPROJECTRESPONSE']._serialized_end=753
+  _globals['_GETPROJECTREQUEST']._serialized_start=755
+  _globals['_GETPROJECTREQUEST']._serialized_end=788
+  _globals['_GETPROJECTRESPONSE']._serialized_start=790
+  _globals['_GETPROJECTRESPONSE']._serialized_end=848
+  _globals['_LISTPROJECTSREQUEST']._serialized_start=850
+  _globals['_LISTPROJECTSREQUEST']._serialized_end=910
+  _globals['_LISTPROJECTSRESPONSE']._serialized_start=912
+  _globals['_LISTPROJECTSRESPONSE']._serialized_end=998
+  _globals['_UPDATEPROJECTREQUEST']._serialized_start=1000
+  _globals['_UPDATEPROJECTREQUEST']._serialized_end=1123
+  _globals['_UPDATEPROJECTRESPONSE']._serialized_start=1125
+  _globals['_UPDATEPROJECTRESPONSE']._serialized_end=1186
+  _globals['_KEY']._serialized_start=1189
+  _globals['_KEY']._serialized_end=1409
+  _globals['_CREATEKEYREQUEST']._serialized_start=1411
+  _globals['_CREATEKEYREQUEST']._serialized_end=1475
+  _globals['_CREATEKEYRESPONSE']._serialized_start=1477
+  _globals['_CREATEKEYRESPONSE']._serialized_end=1541
+  _globals['_LISTKEYSREQUEST']._serialized_start=1543
+  _globals['_LISTKEYSREQUEST']._serialized_end=1615
+  _globals['_LISTKEYSRESPONSE']._serialized_start=1617
+  _globals['_LISTKEYSRESPONSE']._serialized_end=1691
+  _globals['_REVOKEKEYREQUEST']._serialized_start=1693
+  _globals['_REVOKEKEYREQUEST']._serialized_end=1725
+  _globals['_REVOKEKEYRESPONSE']._serialized_start=1727
+  _globals['_REVOKEKEYRESPONSE']._serialized_end=1776
+  _globals['_GETSTATUSREQUEST']._serialized_start=1778
+  _globals['_GETSTATUSREQUEST']._serialized_end=1796
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1799
+  _globals['_GETSTATUSRESPONSE']._serialized_end=2162
+  _globals['_GETSTATUSRESPONSE_JOBSENTRY']._serialized_start=555
+  _globals['_GETSTATUSRESPONSE_JOBSENTRY']._serialized_end=598
+  _globals['_GETSTATUSRESPONSE_VERSIONSENTRY']._serialized_start=2115
+  _globals['_GETSTATUSRESPONSE_VERSIONSENTRY']._serialized_end=2162
+  _globals['_COORDINATORSTATUS']._serialized_start=2164
+  _globals['_COORDINATORSTATUS']._serialized_end=2276
+  _globals['_GATEWAYSTATUS']._serialized_start=2278
+  _globals['_GATEWAYSTATUS']._serialized_end=2321
+  _globals['_RAYSTATUS']._serialized_start=2324
+  _globals['_RAYSTATUS']._serialized_end=2467
+  _globals['_ADMINSERVICE']._serialized_start=2585
+  _globals['_ADMINSERVICE']._serialized_end=3224
 # @@protoc_insertion_point(module_scope)

@@ -50,6 +50,26 @@ class AdminServiceStub:
                 request_serializer=luthier_dot_v1_dot_admin__pb2.RevokeKeyRequest.SerializeToString,
                 response_deserializer=luthier_dot_v1_dot_admin__pb2.RevokeKeyResponse.FromString,
                 _registered_method=True)
+        self.CreateProject = channel.unary_unary(
+                '/luthier.v1.AdminService/CreateProject',
+                request_serializer=luthier_dot_v1_dot_admin__pb2.CreateProjectRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_admin__pb2.CreateProjectResponse.FromString,
+                _registered_method=True)
+        self.GetProject = channel.unary_unary(
+                '/luthier.v1.AdminService/GetProject',
+                request_serializer=luthier_dot_v1_dot_admin__pb2.GetProjectRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_admin__pb2.GetProjectResponse.FromString,
+                _registered_method=True)
+        self.ListProjects = channel.unary_unary(
+                '/luthier.v1.AdminService/ListProjects',
+                request_serializer=luthier_dot_v1_dot_admin__pb2.ListProjectsRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_admin__pb2.ListProjectsResponse.FromString,
+                _registered_method=True)
+        self.UpdateProject = channel.unary_unary(
+                '/luthier.v1.AdminService/UpdateProject',
+                request_serializer=luthier_dot_v1_dot_admin__pb2.UpdateProjectRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_admin__pb2.UpdateProjectResponse.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/luthier.v1.AdminService/GetStatus',
                 request_serializer=luthier_dot_v1_dot_admin__pb2.GetStatusRequest.SerializeToString,
@@ -82,6 +102,34 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateProject(self, request, context):
+        """CreateProject makes a tenant. For operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetProject(self, request, context):
+        """GetProject returns a project with what it holds and has spent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListProjects(self, request, context):
+        """ListProjects pages through the projects that the caller may see: all for an operator, else its own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateProject(self, request, context):
+        """UpdateProject changes a project's display name, share, quota, limit or budget. For operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStatus(self, request, context):
         """GetStatus tells what the coordinator is and what it is connected to.
         """
@@ -106,6 +154,26 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.RevokeKey,
                     request_deserializer=luthier_dot_v1_dot_admin__pb2.RevokeKeyRequest.FromString,
                     response_serializer=luthier_dot_v1_dot_admin__pb2.RevokeKeyResponse.SerializeToString,
+            ),
+            'CreateProject': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateProject,
+                    request_deserializer=luthier_dot_v1_dot_admin__pb2.CreateProjectRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_admin__pb2.CreateProjectResponse.SerializeToString,
+            ),
+            'GetProject': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetProject,
+                    request_deserializer=luthier_dot_v1_dot_admin__pb2.GetProjectRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_admin__pb2.GetProjectResponse.SerializeToString,
+            ),
+            'ListProjects': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListProjects,
+                    request_deserializer=luthier_dot_v1_dot_admin__pb2.ListProjectsRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_admin__pb2.ListProjectsResponse.SerializeToString,
+            ),
+            'UpdateProject': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateProject,
+                    request_deserializer=luthier_dot_v1_dot_admin__pb2.UpdateProjectRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_admin__pb2.UpdateProjectResponse.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -195,6 +263,114 @@ class AdminService:
             '/luthier.v1.AdminService/RevokeKey',
             luthier_dot_v1_dot_admin__pb2.RevokeKeyRequest.SerializeToString,
             luthier_dot_v1_dot_admin__pb2.RevokeKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateProject(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.AdminService/CreateProject',
+            luthier_dot_v1_dot_admin__pb2.CreateProjectRequest.SerializeToString,
+            luthier_dot_v1_dot_admin__pb2.CreateProjectResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetProject(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.AdminService/GetProject',
+            luthier_dot_v1_dot_admin__pb2.GetProjectRequest.SerializeToString,
+            luthier_dot_v1_dot_admin__pb2.GetProjectResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListProjects(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.AdminService/ListProjects',
+            luthier_dot_v1_dot_admin__pb2.ListProjectsRequest.SerializeToString,
+            luthier_dot_v1_dot_admin__pb2.ListProjectsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateProject(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.AdminService/UpdateProject',
+            luthier_dot_v1_dot_admin__pb2.UpdateProjectRequest.SerializeToString,
+            luthier_dot_v1_dot_admin__pb2.UpdateProjectResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,14 @@ class AdminServiceStub:
     """ListKeys pages through a project's keys, without their secrets."""
     RevokeKey: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RevokeKeyRequest, _admin_pb2.RevokeKeyResponse]
     """RevokeKey ends a key for good."""
+    CreateProject: _grpc.UnaryUnaryMultiCallable[_admin_pb2.CreateProjectRequest, _admin_pb2.CreateProjectResponse]
+    """CreateProject makes a tenant. For operators."""
+    GetProject: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetProjectRequest, _admin_pb2.GetProjectResponse]
+    """GetProject returns a project with what it holds and has spent."""
+    ListProjects: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListProjectsRequest, _admin_pb2.ListProjectsResponse]
+    """ListProjects pages through the projects that the caller may see: all for an operator, else its own."""
+    UpdateProject: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UpdateProjectRequest, _admin_pb2.UpdateProjectResponse]
+    """UpdateProject changes a project's display name, share, quota, limit or budget. For operators."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.GetStatusResponse]
     """GetStatus tells what the coordinator is and what it is connected to."""
 
@@ -53,6 +61,14 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """ListKeys pages through a project's keys, without their secrets."""
     RevokeKey: _aio.UnaryUnaryMultiCallable[_admin_pb2.RevokeKeyRequest, _admin_pb2.RevokeKeyResponse]  # type: ignore[assignment]
     """RevokeKey ends a key for good."""
+    CreateProject: _aio.UnaryUnaryMultiCallable[_admin_pb2.CreateProjectRequest, _admin_pb2.CreateProjectResponse]  # type: ignore[assignment]
+    """CreateProject makes a tenant. For operators."""
+    GetProject: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetProjectRequest, _admin_pb2.GetProjectResponse]  # type: ignore[assignment]
+    """GetProject returns a project with what it holds and has spent."""
+    ListProjects: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListProjectsRequest, _admin_pb2.ListProjectsResponse]  # type: ignore[assignment]
+    """ListProjects pages through the projects that the caller may see: all for an operator, else its own."""
+    UpdateProject: _aio.UnaryUnaryMultiCallable[_admin_pb2.UpdateProjectRequest, _admin_pb2.UpdateProjectResponse]  # type: ignore[assignment]
+    """UpdateProject changes a project's display name, share, quota, limit or budget. For operators."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.GetStatusResponse]  # type: ignore[assignment]
     """GetStatus tells what the coordinator is and what it is connected to."""
 
@@ -82,6 +98,38 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.RevokeKeyResponse, _abc.Awaitable[_admin_pb2.RevokeKeyResponse]]:
         """RevokeKey ends a key for good."""
+
+    @_abc_1.abstractmethod
+    def CreateProject(
+        self,
+        request: _admin_pb2.CreateProjectRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.CreateProjectResponse, _abc.Awaitable[_admin_pb2.CreateProjectResponse]]:
+        """CreateProject makes a tenant. For operators."""
+
+    @_abc_1.abstractmethod
+    def GetProject(
+        self,
+        request: _admin_pb2.GetProjectRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetProjectResponse, _abc.Awaitable[_admin_pb2.GetProjectResponse]]:
+        """GetProject returns a project with what it holds and has spent."""
+
+    @_abc_1.abstractmethod
+    def ListProjects(
+        self,
+        request: _admin_pb2.ListProjectsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListProjectsResponse, _abc.Awaitable[_admin_pb2.ListProjectsResponse]]:
+        """ListProjects pages through the projects that the caller may see: all for an operator, else its own."""
+
+    @_abc_1.abstractmethod
+    def UpdateProject(
+        self,
+        request: _admin_pb2.UpdateProjectRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.UpdateProjectResponse, _abc.Awaitable[_admin_pb2.UpdateProjectResponse]]:
+        """UpdateProject changes a project's display name, share, quota, limit or budget. For operators."""
 
     @_abc_1.abstractmethod
     def GetStatus(

@@ -6,6 +6,7 @@ Jobs: anything that takes long. One noun, one state machine, whatever the job do
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -106,6 +107,12 @@ class _EndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndReason.V
     """The agent's process died without a word."""
     END_REASON_LAUNCH_FAILED: _EndReason.ValueType  # 11
     """Ray refused or could not start it."""
+    END_REASON_DEPENDENCY: _EndReason.ValueType  # 12
+    """A job that it was to follow did not succeed."""
+    END_REASON_PREEMPTED: _EndReason.ValueType  # 13
+    """A run gave its place to a job that was more entitled to it. Only runs end so; their jobs are queued again."""
+    END_REASON_HANG: _EndReason.ValueType  # 14
+    """A run stood still: none of its ranks reported a step for too long. Named in the error."""
 
 class EndReason(_EndReason, metaclass=_EndReasonEnumTypeWrapper):
     """EndReason is why a job ended; retry policies read this, not the state."""
@@ -134,6 +141,12 @@ END_REASON_AGENT_LOST: EndReason.ValueType  # 10
 """The agent's process died without a word."""
 END_REASON_LAUNCH_FAILED: EndReason.ValueType  # 11
 """Ray refused or could not start it."""
+END_REASON_DEPENDENCY: EndReason.ValueType  # 12
+"""A job that it was to follow did not succeed."""
+END_REASON_PREEMPTED: EndReason.ValueType  # 13
+"""A run gave its place to a job that was more entitled to it. Only runs end so; their jobs are queued again."""
+END_REASON_HANG: EndReason.ValueType  # 14
+"""A run stood still: none of its ranks reported a step for too long. Named in the error."""
 Global___EndReason: _TypeAlias = EndReason  # noqa: Y015
 
 class _JobEventType:
@@ -213,6 +226,9 @@ class Job(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     TIME_LIMIT_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    RETRY_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
     FINETUNE_FIELD_NUMBER: _builtins.int
     SWEEP_FIELD_NUMBER: _builtins.int
     EVALUATE_FIELD_NUMBER: _builtins.int
@@ -233,6 +249,9 @@ class Job(_message.Message):
     SEQUENCE_FIELD_NUMBER: _builtins.int
     CREATOR_FIELD_NUMBER: _builtins.int
     CANCEL_REQUESTED_FIELD_NUMBER: _builtins.int
+    PAUSE_REQUESTED_FIELD_NUMBER: _builtins.int
+    RUNS_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """projects/{project}/jobs/{job}. Output only."""
     uid: _builtins.str
@@ -259,6 +278,8 @@ class Job(_message.Message):
     """Display name or id of the key that created it."""
     cancel_requested: _builtins.bool
     """Somebody asked for it to be cancelled and it has not ended yet."""
+    pause_requested: _builtins.bool
+    """Somebody asked for it to be paused."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Free key-value pairs for finding jobs again."""
@@ -266,6 +287,20 @@ class Job(_message.Message):
     @_builtins.property
     def time_limit(self) -> _duration_pb2.Duration:
         """Wall-clock limit over all its runs; after it the job is stopped and FAILED with END_REASON_TIME_LIMIT. None where absent."""
+
+    @_builtins.property
+    def after(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Jobs of the same project (projects/{project}/jobs/{job}) that have to succeed before this one starts. Where one of them ends
+        otherwise, this one is CANCELLED with END_REASON_DEPENDENCY.
+        """
+
+    @_builtins.property
+    def retry(self) -> Global___RetryPolicy:
+        """What is tried again, and how often."""
+
+    @_builtins.property
+    def budget(self) -> Global___Budget:
+        """What it may spend over all its runs. A fine-tune that has spent it stops, and what it has learned by then is its result."""
 
     @_builtins.property
     def finetune(self) -> _training_pb2.FinetuneSpec:
@@ -315,6 +350,14 @@ class Job(_message.Message):
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """When its row last changed."""
 
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___JobRun]:
+        """Its launches, oldest first."""
+
+    @_builtins.property
+    def usage(self) -> Global___Usage:
+        """What it has spent so far."""
+
     def __init__(
         self,
         *,
@@ -325,6 +368,9 @@ class Job(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         priority: _builtins.int = ...,
         time_limit: _duration_pb2.Duration | None = ...,
+        after: _abc.Iterable[_builtins.str] | None = ...,
+        retry: Global___RetryPolicy | None = ...,
+        budget: Global___Budget | None = ...,
         finetune: _training_pb2.FinetuneSpec | None = ...,
         sweep: _sweep_pb2.SweepSpec | None = ...,
         evaluate: _evaluation_pb2.EvaluateSpec | None = ...,
@@ -345,16 +391,174 @@ class Job(_message.Message):
         sequence: _builtins.int = ...,
         creator: _builtins.str = ...,
         cancel_requested: _builtins.bool = ...,
+        pause_requested: _builtins.bool = ...,
+        runs: _abc.Iterable[Global___JobRun] | None = ...,
+        usage: Global___Usage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "evaluate", b"evaluate", "finetune", b"finetune", "import_model", b"import_model", "progress", b"progress", "queue", b"queue", "result", b"result", "spec", b"spec", "start_time", b"start_time", "sweep", b"sweep", "time_limit", b"time_limit", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "evaluate", b"evaluate", "finetune", b"finetune", "import_model", b"import_model", "progress", b"progress", "queue", b"queue", "result", b"result", "retry", b"retry", "spec", b"spec", "start_time", b"start_time", "sweep", b"sweep", "time_limit", b"time_limit", "update_time", b"update_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cancel_requested", b"cancel_requested", "create_time", b"create_time", "creator", b"creator", "display_name", b"display_name", "end_reason", b"end_reason", "end_time", b"end_time", "error", b"error", "etag", b"etag", "evaluate", b"evaluate", "finetune", b"finetune", "import_model", b"import_model", "kind", b"kind", "labels", b"labels", "name", b"name", "priority", b"priority", "progress", b"progress", "queue", b"queue", "result", b"result", "run", b"run", "sequence", b"sequence", "spec", b"spec", "start_time", b"start_time", "state", b"state", "sweep", b"sweep", "time_limit", b"time_limit", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "attempt", b"attempt", "budget", b"budget", "cancel_requested", b"cancel_requested", "create_time", b"create_time", "creator", b"creator", "display_name", b"display_name", "end_reason", b"end_reason", "end_time", b"end_time", "error", b"error", "etag", b"etag", "evaluate", b"evaluate", "finetune", b"finetune", "import_model", b"import_model", "kind", b"kind", "labels", b"labels", "name", b"name", "pause_requested", b"pause_requested", "priority", b"priority", "progress", b"progress", "queue", b"queue", "result", b"result", "retry", b"retry", "run", b"run", "runs", b"runs", "sequence", b"sequence", "spec", b"spec", "start_time", b"start_time", "state", b"state", "sweep", b"sweep", "time_limit", b"time_limit", "uid", b"uid", "update_time", b"update_time", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["finetune", "sweep", "evaluate", "import_model"]  # noqa: Y015
     _WhichOneofArgType_spec: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_spec) -> _WhichOneofReturnType_spec | None: ...
 
 Global___Job: _TypeAlias = Job  # noqa: Y015
+
+@_typing.final
+class RetryPolicy(_message.Message):
+    """RetryPolicy says what becomes of a job whose run failed. Only faults of the machines are ever retried: a lost node, a process
+    that was killed, a run that stood still, a launch that Ray did not take, memory that ran out. Bad data and errors of the job's own
+    code or settings are not.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_RETRIES_FIELD_NUMBER: _builtins.int
+    SMALLER_MICRO_BATCH_FIELD_NUMBER: _builtins.int
+    max_retries: _builtins.int
+    """Most retries, 0 to 100; 2 where absent."""
+    smaller_micro_batch: _builtins.bool
+    """Where memory ran out, try again with half the micro-batch and twice the gradient accumulation, so that the optimiser sees the
+    same batch. True where absent.
+    """
+    def __init__(
+        self,
+        *,
+        max_retries: _builtins.int | None = ...,
+        smaller_micro_batch: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_retries", b"_max_retries", "_smaller_micro_batch", b"_smaller_micro_batch", "max_retries", b"max_retries", "smaller_micro_batch", b"smaller_micro_batch"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_retries", b"_max_retries", "_smaller_micro_batch", b"_smaller_micro_batch", "max_retries", b"max_retries", "smaller_micro_batch", b"smaller_micro_batch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_retries: _TypeAlias = _typing.Literal["max_retries"]  # noqa: Y015
+    _WhichOneofArgType__max_retries: _TypeAlias = _typing.Literal["_max_retries", b"_max_retries"]  # noqa: Y015
+    _WhichOneofReturnType__smaller_micro_batch: _TypeAlias = _typing.Literal["smaller_micro_batch"]  # noqa: Y015
+    _WhichOneofArgType__smaller_micro_batch: _TypeAlias = _typing.Literal["_smaller_micro_batch", b"_smaller_micro_batch"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_retries) -> _WhichOneofReturnType__max_retries | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__smaller_micro_batch) -> _WhichOneofReturnType__smaller_micro_batch | None: ...
+
+Global___RetryPolicy: _TypeAlias = RetryPolicy  # noqa: Y015
+
+@_typing.final
+class Budget(_message.Message):
+    """Budget is what a job may spend. Unlimited where a field is absent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CPU_SECONDS_FIELD_NUMBER: _builtins.int
+    GPU_SECONDS_FIELD_NUMBER: _builtins.int
+    cpu_seconds: _builtins.float
+    """Seconds times logical CPUs held."""
+    gpu_seconds: _builtins.float
+    """Seconds times GPUs held."""
+    def __init__(
+        self,
+        *,
+        cpu_seconds: _builtins.float | None = ...,
+        gpu_seconds: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_seconds", b"_cpu_seconds", "_gpu_seconds", b"_gpu_seconds", "cpu_seconds", b"cpu_seconds", "gpu_seconds", b"gpu_seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_seconds", b"_cpu_seconds", "_gpu_seconds", b"_gpu_seconds", "cpu_seconds", b"cpu_seconds", "gpu_seconds", b"gpu_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cpu_seconds: _TypeAlias = _typing.Literal["cpu_seconds"]  # noqa: Y015
+    _WhichOneofArgType__cpu_seconds: _TypeAlias = _typing.Literal["_cpu_seconds", b"_cpu_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__gpu_seconds: _TypeAlias = _typing.Literal["gpu_seconds"]  # noqa: Y015
+    _WhichOneofArgType__gpu_seconds: _TypeAlias = _typing.Literal["_gpu_seconds", b"_gpu_seconds"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cpu_seconds) -> _WhichOneofReturnType__cpu_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gpu_seconds) -> _WhichOneofReturnType__gpu_seconds | None: ...
+
+Global___Budget: _TypeAlias = Budget  # noqa: Y015
+
+@_typing.final
+class Usage(_message.Message):
+    """Usage is what was spent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CPU_SECONDS_FIELD_NUMBER: _builtins.int
+    GPU_SECONDS_FIELD_NUMBER: _builtins.int
+    cpu_seconds: _builtins.float
+    """Seconds times logical CPUs held."""
+    gpu_seconds: _builtins.float
+    """Seconds times GPUs held."""
+    def __init__(
+        self,
+        *,
+        cpu_seconds: _builtins.float = ...,
+        gpu_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_seconds", b"cpu_seconds", "gpu_seconds", b"gpu_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Usage: _TypeAlias = Usage  # noqa: Y015
+
+@_typing.final
+class JobRun(_message.Message):
+    """JobRun is one launch of a job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    CLAIM_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    END_REASON_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    RESUMED_STEP_FIELD_NUMBER: _builtins.int
+    run: _builtins.int
+    """Its number, from 1."""
+    end_reason: Global___EndReason.ValueType
+    """Why it ended."""
+    workers: _builtins.int
+    """Workers it ran with; 0 for kinds without workers."""
+    resumed_step: _builtins.int
+    """Step it went on from; 0 for a start from the beginning."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was handed to Ray."""
+
+    @_builtins.property
+    def claim_time(self) -> _timestamp_pb2.Timestamp:
+        """When its agent claimed it."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """When it ended."""
+
+    @_builtins.property
+    def error(self) -> Global___JobError:
+        """What went wrong, where something did."""
+
+    def __init__(
+        self,
+        *,
+        run: _builtins.int = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        claim_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        end_reason: Global___EndReason.ValueType = ...,
+        error: Global___JobError | None = ...,
+        workers: _builtins.int = ...,
+        resumed_step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["claim_time", b"claim_time", "create_time", b"create_time", "end_time", b"end_time", "error", b"error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim_time", b"claim_time", "create_time", b"create_time", "end_reason", b"end_reason", "end_time", b"end_time", "error", b"error", "resumed_step", b"resumed_step", "run", b"run", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JobRun: _TypeAlias = JobRun  # noqa: Y015
 
 @_typing.final
 class Progress(_message.Message):
@@ -951,6 +1155,156 @@ class ListJobsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListJobsResponse: _TypeAlias = ListJobsResponse  # noqa: Y015
+
+@_typing.final
+class UpdateJobRequest(_message.Message):
+    """UpdateJobRequest changes a job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    etag: _builtins.str
+    """Where given, the change is made only if this is still the job's etag; else ABORTED."""
+    @_builtins.property
+    def job(self) -> Global___Job:
+        """The job with its new values; name says which."""
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """Fields to change: priority, labels, display_name, time_limit, retry, budget."""
+
+    def __init__(
+        self,
+        *,
+        job: Global___Job | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "update_mask", b"update_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "job", b"job", "update_mask", b"update_mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateJobRequest: _TypeAlias = UpdateJobRequest  # noqa: Y015
+
+@_typing.final
+class UpdateJobResponse(_message.Message):
+    """UpdateJobResponse returns the job after the change."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def job(self) -> Global___Job:
+        """The job."""
+
+    def __init__(
+        self,
+        *,
+        job: Global___Job | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateJobResponse: _TypeAlias = UpdateJobResponse  # noqa: Y015
+
+@_typing.final
+class PauseJobRequest(_message.Message):
+    """PauseJobRequest names the job to pause."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """projects/{project}/jobs/{job}."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseJobRequest: _TypeAlias = PauseJobRequest  # noqa: Y015
+
+@_typing.final
+class PauseJobResponse(_message.Message):
+    """PauseJobResponse returns the job, with pause_requested set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def job(self) -> Global___Job:
+        """The job."""
+
+    def __init__(
+        self,
+        *,
+        job: Global___Job | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseJobResponse: _TypeAlias = PauseJobResponse  # noqa: Y015
+
+@_typing.final
+class ResumeJobRequest(_message.Message):
+    """ResumeJobRequest names the job to go on with."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """projects/{project}/jobs/{job}."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeJobRequest: _TypeAlias = ResumeJobRequest  # noqa: Y015
+
+@_typing.final
+class ResumeJobResponse(_message.Message):
+    """ResumeJobResponse returns the job as it is then."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def job(self) -> Global___Job:
+        """The job."""
+
+    def __init__(
+        self,
+        *,
+        job: Global___Job | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeJobResponse: _TypeAlias = ResumeJobResponse  # noqa: Y015
 
 @_typing.final
 class CancelJobRequest(_message.Message):

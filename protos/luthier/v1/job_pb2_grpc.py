@@ -55,6 +55,21 @@ class JobServiceStub:
                 request_serializer=luthier_dot_v1_dot_job__pb2.CancelJobRequest.SerializeToString,
                 response_deserializer=luthier_dot_v1_dot_job__pb2.CancelJobResponse.FromString,
                 _registered_method=True)
+        self.UpdateJob = channel.unary_unary(
+                '/luthier.v1.JobService/UpdateJob',
+                request_serializer=luthier_dot_v1_dot_job__pb2.UpdateJobRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_job__pb2.UpdateJobResponse.FromString,
+                _registered_method=True)
+        self.PauseJob = channel.unary_unary(
+                '/luthier.v1.JobService/PauseJob',
+                request_serializer=luthier_dot_v1_dot_job__pb2.PauseJobRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_job__pb2.PauseJobResponse.FromString,
+                _registered_method=True)
+        self.ResumeJob = channel.unary_unary(
+                '/luthier.v1.JobService/ResumeJob',
+                request_serializer=luthier_dot_v1_dot_job__pb2.ResumeJobRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_job__pb2.ResumeJobResponse.FromString,
+                _registered_method=True)
         self.WatchJob = channel.unary_stream(
                 '/luthier.v1.JobService/WatchJob',
                 request_serializer=luthier_dot_v1_dot_job__pb2.WatchJobRequest.SerializeToString,
@@ -110,6 +125,28 @@ class JobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateJob(self, request, context):
+        """UpdateJob changes the priority, labels, display name, time limit, retry policy or budget of a job that has not ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PauseJob(self, request, context):
+        """PauseJob asks a job to save a checkpoint and give its place up. A job that has not started stays where it is, on hold.
+        FAILED_PRECONDITION for a job that has ended, and for kinds that cannot go on where they stopped.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeJob(self, request, context):
+        """ResumeJob queues a paused job again; it goes on from its last checkpoint. Takes back a pause that has not happened yet.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchJob(self, request, context):
         """WatchJob streams the numbered events of a job after a given number, then live ones, and ends after the terminal one.
         """
@@ -160,6 +197,21 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.CancelJob,
                     request_deserializer=luthier_dot_v1_dot_job__pb2.CancelJobRequest.FromString,
                     response_serializer=luthier_dot_v1_dot_job__pb2.CancelJobResponse.SerializeToString,
+            ),
+            'UpdateJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateJob,
+                    request_deserializer=luthier_dot_v1_dot_job__pb2.UpdateJobRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_job__pb2.UpdateJobResponse.SerializeToString,
+            ),
+            'PauseJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseJob,
+                    request_deserializer=luthier_dot_v1_dot_job__pb2.PauseJobRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_job__pb2.PauseJobResponse.SerializeToString,
+            ),
+            'ResumeJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeJob,
+                    request_deserializer=luthier_dot_v1_dot_job__pb2.ResumeJobRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_job__pb2.ResumeJobResponse.SerializeToString,
             ),
             'WatchJob': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchJob,
@@ -291,6 +343,87 @@ class JobService:
             '/luthier.v1.JobService/CancelJob',
             luthier_dot_v1_dot_job__pb2.CancelJobRequest.SerializeToString,
             luthier_dot_v1_dot_job__pb2.CancelJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.JobService/UpdateJob',
+            luthier_dot_v1_dot_job__pb2.UpdateJobRequest.SerializeToString,
+            luthier_dot_v1_dot_job__pb2.UpdateJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.JobService/PauseJob',
+            luthier_dot_v1_dot_job__pb2.PauseJobRequest.SerializeToString,
+            luthier_dot_v1_dot_job__pb2.PauseJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.JobService/ResumeJob',
+            luthier_dot_v1_dot_job__pb2.ResumeJobRequest.SerializeToString,
+            luthier_dot_v1_dot_job__pb2.ResumeJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

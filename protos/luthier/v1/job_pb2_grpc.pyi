@@ -43,6 +43,14 @@ class JobServiceStub:
     """ListJobs pages through a project's jobs, newest first."""
     CancelJob: _grpc.UnaryUnaryMultiCallable[_job_pb2.CancelJobRequest, _job_pb2.CancelJobResponse]
     """CancelJob asks for an end. A queued job ends at once; a running one is stopped within its grace period."""
+    UpdateJob: _grpc.UnaryUnaryMultiCallable[_job_pb2.UpdateJobRequest, _job_pb2.UpdateJobResponse]
+    """UpdateJob changes the priority, labels, display name, time limit, retry policy or budget of a job that has not ended."""
+    PauseJob: _grpc.UnaryUnaryMultiCallable[_job_pb2.PauseJobRequest, _job_pb2.PauseJobResponse]
+    """PauseJob asks a job to save a checkpoint and give its place up. A job that has not started stays where it is, on hold.
+    FAILED_PRECONDITION for a job that has ended, and for kinds that cannot go on where they stopped.
+    """
+    ResumeJob: _grpc.UnaryUnaryMultiCallable[_job_pb2.ResumeJobRequest, _job_pb2.ResumeJobResponse]
+    """ResumeJob queues a paused job again; it goes on from its last checkpoint. Takes back a pause that has not happened yet."""
     WatchJob: _grpc.UnaryStreamMultiCallable[_job_pb2.WatchJobRequest, _job_pb2.WatchJobResponse]
     """WatchJob streams the numbered events of a job after a given number, then live ones, and ends after the terminal one."""
     TailLogs: _grpc.UnaryStreamMultiCallable[_job_pb2.TailLogsRequest, _job_pb2.TailLogsResponse]
@@ -67,6 +75,14 @@ class JobServiceAsyncStub(JobServiceStub):
     """ListJobs pages through a project's jobs, newest first."""
     CancelJob: _aio.UnaryUnaryMultiCallable[_job_pb2.CancelJobRequest, _job_pb2.CancelJobResponse]  # type: ignore[assignment]
     """CancelJob asks for an end. A queued job ends at once; a running one is stopped within its grace period."""
+    UpdateJob: _aio.UnaryUnaryMultiCallable[_job_pb2.UpdateJobRequest, _job_pb2.UpdateJobResponse]  # type: ignore[assignment]
+    """UpdateJob changes the priority, labels, display name, time limit, retry policy or budget of a job that has not ended."""
+    PauseJob: _aio.UnaryUnaryMultiCallable[_job_pb2.PauseJobRequest, _job_pb2.PauseJobResponse]  # type: ignore[assignment]
+    """PauseJob asks a job to save a checkpoint and give its place up. A job that has not started stays where it is, on hold.
+    FAILED_PRECONDITION for a job that has ended, and for kinds that cannot go on where they stopped.
+    """
+    ResumeJob: _aio.UnaryUnaryMultiCallable[_job_pb2.ResumeJobRequest, _job_pb2.ResumeJobResponse]  # type: ignore[assignment]
+    """ResumeJob queues a paused job again; it goes on from its last checkpoint. Takes back a pause that has not happened yet."""
     WatchJob: _aio.UnaryStreamMultiCallable[_job_pb2.WatchJobRequest, _job_pb2.WatchJobResponse]  # type: ignore[assignment]
     """WatchJob streams the numbered events of a job after a given number, then live ones, and ends after the terminal one."""
     TailLogs: _aio.UnaryStreamMultiCallable[_job_pb2.TailLogsRequest, _job_pb2.TailLogsResponse]  # type: ignore[assignment]
@@ -112,6 +128,32 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_job_pb2.CancelJobResponse, _abc.Awaitable[_job_pb2.CancelJobResponse]]:
         """CancelJob asks for an end. A queued job ends at once; a running one is stopped within its grace period."""
+
+    @_abc_1.abstractmethod
+    def UpdateJob(
+        self,
+        request: _job_pb2.UpdateJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_pb2.UpdateJobResponse, _abc.Awaitable[_job_pb2.UpdateJobResponse]]:
+        """UpdateJob changes the priority, labels, display name, time limit, retry policy or budget of a job that has not ended."""
+
+    @_abc_1.abstractmethod
+    def PauseJob(
+        self,
+        request: _job_pb2.PauseJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_pb2.PauseJobResponse, _abc.Awaitable[_job_pb2.PauseJobResponse]]:
+        """PauseJob asks a job to save a checkpoint and give its place up. A job that has not started stays where it is, on hold.
+        FAILED_PRECONDITION for a job that has ended, and for kinds that cannot go on where they stopped.
+        """
+
+    @_abc_1.abstractmethod
+    def ResumeJob(
+        self,
+        request: _job_pb2.ResumeJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_pb2.ResumeJobResponse, _abc.Awaitable[_job_pb2.ResumeJobResponse]]:
+        """ResumeJob queues a paused job again; it goes on from its last checkpoint. Takes back a pause that has not happened yet."""
 
     @_abc_1.abstractmethod
     def WatchJob(

@@ -86,6 +86,7 @@ class FinetuneSpec(_message.Message):
     EVALUATION_FIELD_NUMBER: _builtins.int
     LOSS_ON_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
+    MIN_WORKERS_FIELD_NUMBER: _builtins.int
     base: _builtins.str
     """builtin:tiny, a registered version (name@3, name@alias), a hub id (org/name or hf:name), or an absolute path on the cluster."""
     dataset: _builtins.str
@@ -100,6 +101,10 @@ class FinetuneSpec(_message.Message):
     """Part of a row that is learned."""
     precision: Global___Precision.ValueType
     """Number format."""
+    min_workers: _builtins.int
+    """An elastic job: it may start with any number of workers from this to `workers`, as many as there is room for. As many as
+    `workers` where absent. The run's record says how many it got.
+    """
     @_builtins.property
     def hyperparameters(self) -> Global___Hyperparameters:
         """Settings of the optimisation."""
@@ -140,12 +145,15 @@ class FinetuneSpec(_message.Message):
         evaluation: Global___FinetuneEvaluation | None = ...,
         loss_on: Global___LossOn.ValueType = ...,
         precision: Global___Precision.ValueType = ...,
+        min_workers: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "evaluation", b"evaluation", "hyperparameters", b"hyperparameters", "lora", b"lora", "sharding", b"sharding", "worker_resources", b"worker_resources"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_workers", b"_min_workers", "checkpoints", b"checkpoints", "evaluation", b"evaluation", "hyperparameters", b"hyperparameters", "lora", b"lora", "min_workers", b"min_workers", "sharding", b"sharding", "worker_resources", b"worker_resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "checkpoints", b"checkpoints", "dataset", b"dataset", "evaluation", b"evaluation", "hyperparameters", b"hyperparameters", "lora", b"lora", "loss_on", b"loss_on", "method", b"method", "output_model", b"output_model", "precision", b"precision", "sharding", b"sharding", "worker_resources", b"worker_resources", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_workers", b"_min_workers", "base", b"base", "checkpoints", b"checkpoints", "dataset", b"dataset", "evaluation", b"evaluation", "hyperparameters", b"hyperparameters", "lora", b"lora", "loss_on", b"loss_on", "method", b"method", "min_workers", b"min_workers", "output_model", b"output_model", "precision", b"precision", "sharding", b"sharding", "worker_resources", b"worker_resources", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__min_workers: _TypeAlias = _typing.Literal["min_workers"]  # noqa: Y015
+    _WhichOneofArgType__min_workers: _TypeAlias = _typing.Literal["_min_workers", b"_min_workers"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_workers) -> _WhichOneofReturnType__min_workers | None: ...
 
 Global___FinetuneSpec: _TypeAlias = FinetuneSpec  # noqa: Y015
 

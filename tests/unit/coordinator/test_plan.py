@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.jobs.resources import Demand
+from coordinator.scheduling.model import Demand
 from coordinator.scheduling.plan import Waiting, plan
 
 START = datetime(2026, 1, 1, tzinfo=UTC)

@@ -33,6 +33,10 @@ class _WishEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Wish.ValueType],
     """Go on."""
     WISH_CANCEL: _Wish.ValueType  # 1
     """Stop soon and report CANCELLED, or FAILED for a time limit."""
+    WISH_PAUSE: _Wish.ValueType  # 2
+    """Save a checkpoint, stop and report PAUSED."""
+    WISH_FINISH: _Wish.ValueType  # 3
+    """Train no further; go on with what was learned, and report SUCCEEDED with the wish's reason."""
 
 class Wish(_Wish, metaclass=_WishEnumTypeWrapper):
     """Wish is what the coordinator wants of a run."""
@@ -41,6 +45,10 @@ WISH_UNSPECIFIED: Wish.ValueType  # 0
 """Go on."""
 WISH_CANCEL: Wish.ValueType  # 1
 """Stop soon and report CANCELLED, or FAILED for a time limit."""
+WISH_PAUSE: Wish.ValueType  # 2
+"""Save a checkpoint, stop and report PAUSED."""
+WISH_FINISH: Wish.ValueType  # 3
+"""Train no further; go on with what was learned, and report SUCCEEDED with the wish's reason."""
 Global___Wish: _TypeAlias = Wish  # noqa: Y015
 
 @_typing.final
@@ -158,6 +166,7 @@ class ClaimRunResponse(_message.Message):
     STORAGE_URI_FIELD_NUMBER: _builtins.int
     REPORT_INTERVAL_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    RESUME_FROM_FIELD_NUMBER: _builtins.int
     run_uri: _builtins.str
     """Folder in storage that this run may write to."""
     storage_uri: _builtins.str
@@ -176,6 +185,10 @@ class ClaimRunResponse(_message.Message):
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Labels of the data set, in sorted order."""
 
+    @_builtins.property
+    def resume_from(self) -> _containers.RepeatedCompositeFieldContainer[_job_pb2.Checkpoint]:
+        """Published checkpoints to go on from, best first: where one is damaged, the next is used. Empty for a start from the beginning."""
+
     def __init__(
         self,
         *,
@@ -185,10 +198,11 @@ class ClaimRunResponse(_message.Message):
         storage_uri: _builtins.str = ...,
         report_interval: _builtins.float = ...,
         labels: _abc.Iterable[_builtins.str] | None = ...,
+        resume_from: _abc.Iterable[_job_pb2.Checkpoint] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "job", b"job", "labels", b"labels", "report_interval", b"report_interval", "run_uri", b"run_uri", "storage_uri", b"storage_uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "job", b"job", "labels", b"labels", "report_interval", b"report_interval", "resume_from", b"resume_from", "run_uri", b"run_uri", "storage_uri", b"storage_uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -211,6 +225,7 @@ class Report(_message.Message):
     TRIAL_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     OUTCOME_FIELD_NUMBER: _builtins.int
+    PARTIAL_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """1, 2, 3 ... within run and source."""
     @_builtins.property
@@ -253,6 +268,10 @@ class Report(_message.Message):
     def outcome(self) -> Global___OutcomeReport:
         """The end; from the driver only."""
 
+    @_builtins.property
+    def partial(self) -> _job_pb2.JobResult:
+        """A part of the result that is known before the end, such as the base's scores; a later run need not find it again."""
+
     def __init__(
         self,
         *,
@@ -267,12 +286,13 @@ class Report(_message.Message):
         trial: _sweep_pb2.Trial | None = ...,
         failure: _job_pb2.JobError | None = ...,
         outcome: Global___OutcomeReport | None = ...,
+        partial: _job_pb2.JobResult | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "checkpoint", b"checkpoint", "engine", b"engine", "failure", b"failure", "log", b"log", "metrics", b"metrics", "outcome", b"outcome", "phase", b"phase", "progress", b"progress", "time", b"time", "trial", b"trial"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "checkpoint", b"checkpoint", "engine", b"engine", "failure", b"failure", "log", b"log", "metrics", b"metrics", "outcome", b"outcome", "partial", b"partial", "phase", b"phase", "progress", b"progress", "time", b"time", "trial", b"trial"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "checkpoint", b"checkpoint", "engine", b"engine", "failure", b"failure", "log", b"log", "metrics", b"metrics", "outcome", b"outcome", "phase", b"phase", "progress", b"progress", "sequence", b"sequence", "time", b"time", "trial", b"trial"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "checkpoint", b"checkpoint", "engine", b"engine", "failure", b"failure", "log", b"log", "metrics", b"metrics", "outcome", b"outcome", "partial", b"partial", "phase", b"phase", "progress", b"progress", "sequence", b"sequence", "time", b"time", "trial", b"trial"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["phase", "progress", "metrics", "log", "checkpoint", "engine", "trial", "failure", "outcome"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["phase", "progress", "metrics", "log", "checkpoint", "engine", "trial", "failure", "outcome", "partial"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -340,7 +360,7 @@ class OutcomeReport(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     state: _job_pb2.JobState.ValueType
-    """SUCCEEDED, FAILED or CANCELLED."""
+    """SUCCEEDED, FAILED, CANCELLED, or PAUSED for a run that stopped with a checkpoint because it was asked to."""
     end_reason: _job_pb2.EndReason.ValueType
     """Why."""
     @_builtins.property
