@@ -13,6 +13,14 @@ TRACEBACK_LIMIT = 6000
 MESSAGE_LIMIT = 2000
 BAD_DATA = "BAD_DATA"
 OUT_OF_MEMORY = "OUT_OF_MEMORY"
+WORKER_LOST = "WORKER_LOST"
+HANG = "HANG"
+_END_REASONS = {
+    BAD_DATA: job_pb2.END_REASON_BAD_DATA,
+    OUT_OF_MEMORY: job_pb2.END_REASON_OUT_OF_MEMORY,
+    WORKER_LOST: job_pb2.END_REASON_NODE_LOST,
+    HANG: job_pb2.END_REASON_HANG,
+}
 # What a rank raises because another one is gone; never the root cause where anything else was raised.
 _PEER_LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "socket timeout", "ncclremoteerror", "gloo")
 
@@ -26,6 +34,10 @@ class RunCancelled(Exception):
 
     def __reduce__(self) -> tuple[type[RunCancelled], tuple[job_pb2.EndReason.ValueType]]:
         return type(self), (self.reason,)
+
+
+class RunPaused(Exception):
+    """This run was asked to give its place up, and has saved what there was to save."""
 
 
 class RunFailed(Exception):
@@ -50,9 +62,11 @@ class RunFailed(Exception):
 
 
 def check_wish(link: Link) -> None:
-    """Raise RunCancelled if the run has been asked to stop."""
+    """Raise RunCancelled if the run has been asked to end, RunPaused if it has been asked to give its place up."""
     if link.wished.is_set():
         raise RunCancelled(link.wish_reason)
+    if link.wish == agent_pb2.WISH_PAUSE:
+        raise RunPaused
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -94,13 +108,13 @@ def job_error_of(error: BaseException, source: str, code: str = "RUN_ERROR") -> 
 
 def end_reason_of(error: job_pb2.JobError) -> job_pb2.EndReason.ValueType:
     """The end reason that a retry policy should see for this error."""
-    if error.code == BAD_DATA:
-        return job_pb2.END_REASON_BAD_DATA
-    return job_pb2.END_REASON_OUT_OF_MEMORY if error.code == OUT_OF_MEMORY else job_pb2.END_REASON_ERROR
+    return _END_REASONS.get(error.code, job_pb2.END_REASON_ERROR)
 
 
 def outcome_of(error: BaseException, source: str = "driver") -> agent_pb2.OutcomeReport:
     """The outcome of a run that ended with an exception."""
+    if isinstance(error, RunPaused):
+        return agent_pb2.OutcomeReport(state=job_pb2.JOB_STATE_PAUSED)
     if isinstance(error, RunCancelled):
         if error.reason != job_pb2.END_REASON_TIME_LIMIT:
             return agent_pb2.OutcomeReport(state=job_pb2.JOB_STATE_CANCELLED, end_reason=error.reason or job_pb2.END_REASON_USER)

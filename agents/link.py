@@ -106,9 +106,10 @@ def exit_as_zombie() -> None:
 class Link:
     """One source's reports to the coordinator, sent by a background thread in batches.
 
-    `wished` is set once the coordinator wants the run to stop; `wish_reason` says why. Where the coordinator refuses the run as
-    stale, nothing more is sent and `on_stale` is called from the link's thread. Where there is nothing to report, the link calls
-    every `heartbeat` seconds all the same.
+    `wish` is what the coordinator wants of the run and `wish_reason` why; `wished` is set once it wants the run to end. A run may
+    be told to pause, to finish early, and to end after all: the strongest counts. Where the coordinator refuses the run as stale,
+    nothing more is sent and `on_stale` is called from the link's thread. Where there is nothing to report, the link calls every
+    `heartbeat` seconds all the same.
     """
 
     def __init__(
@@ -165,6 +166,10 @@ class Link:
     def engine(self, report: training_pb2.EngineReport) -> None:
         """What really runs."""
         self._put(agent_pb2.Report(engine=report), urgent=True)
+
+    def partial(self, result: job_pb2.JobResult) -> None:
+        """A part of the result that is known before the end; a later run need not find it again."""
+        self._put(agent_pb2.Report(partial=result), urgent=True)
 
     def trial(self, trial: sweep_pb2.Trial) -> None:
         """A trial of a sweep changed. Only the latest word on each trial is kept until the next batch."""
@@ -304,8 +309,12 @@ class Link:
                     self._ended = self._gone = True
             self._urgent = self._urgent or self._spool.more
             self._state.notify_all()
-        if response.wish == agent_pb2.WISH_CANCEL and not self.wished.is_set():
-            self.wish, self.wish_reason = response.wish, response.wish_reason or job_pb2.END_REASON_USER
+        if self.wished.is_set() or response.wish == agent_pb2.WISH_UNSPECIFIED:
+            return
+        # The reason first: whoever sees the wish may ask for it.
+        self.wish_reason = response.wish_reason or job_pb2.END_REASON_USER
+        self.wish = response.wish
+        if response.wish == agent_pb2.WISH_CANCEL:
             self.wished.set()
 
     def _recover(self, code: grpc.StatusCode, details: str, reports: list[agent_pb2.Report]) -> bool:

@@ -48,6 +48,10 @@ class JobFlags:
     label: Annotated[list[str] | None, typer.Option(help="Free pair key=value; may be repeated.", metavar="KEY=VALUE")] = None
     priority: Annotated[int, typer.Option(help="-100 to 100; more starts sooner.")] = 0
     time_limit: Annotated[str, typer.Option(help="Stop and fail it after this long: 90s, 30m, 2h.")] = ""
+    after: Annotated[list[str] | None, typer.Option(help="Job that has to succeed first; may be repeated.", metavar="JOB")] = None
+    max_retries: Annotated[int | None, typer.Option(help="Retries after faults of the machines; 2 where absent.")] = None
+    budget_cpu_hours: Annotated[float | None, typer.Option(help="CPU-hours that it may spend; a fine-tune then finishes.")] = None
+    budget_gpu_hours: Annotated[float | None, typer.Option(help="GPU-hours that it may spend; a fine-tune then finishes.")] = None
     request_id: Annotated[str, typer.Option(help="Makes the command safe to repeat: the same id gives the same job.")] = ""
     validate_only: Annotated[bool, typer.Option("--validate-only", help="Check everything and start nothing.")] = False
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow the job and print it as it ended.")] = False
@@ -74,6 +78,7 @@ class FinetuneFlags:
     zero: Annotated[int | None, typer.Option(help="DeepSpeed ZeRO stage, 0 to 3.")] = None
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None
     epochs: Annotated[float | None, typer.Option(help="Passes over the training rows.")] = None
+    min_workers: Annotated[int | None, typer.Option(help="Fewest workers to start with where there is room for no more.")] = None
     max_steps: Annotated[int | None, typer.Option(help="Optimiser steps; wins over --epochs.")] = None
     batch_size: Annotated[int | None, typer.Option(help="Rows per worker and micro-step.")] = None
     gradient_accumulation: Annotated[int | None, typer.Option(help="Micro-steps per optimiser step.")] = None
@@ -146,7 +151,7 @@ def _set(message: Any, **values: Any) -> None:
 def finetune_spec(flags: FinetuneFlags) -> FinetuneSpec:
     """The spec that the options stand for."""
     spec = FinetuneSpec(base=flags.base, dataset=flags.dataset, method=flags.method, output_model=flags.output_model)
-    _set(spec, workers=flags.workers)
+    _set(spec, workers=flags.workers, min_workers=flags.min_workers)
     _set(spec.hyperparameters, **{field: getattr(flags, option) for option, field in HYPERPARAMETERS.items()})
     _set(spec.worker_resources, cpus=flags.cpus_per_worker, gpus=flags.gpus_per_worker)
     _set(spec.sharding, zero_stage=flags.zero)
@@ -221,13 +226,20 @@ def dress(job: Job, flags: JobFlags) -> Job:
     """Put what every job can be given on a job, `--set` last."""
     job.display_name = flags.name
     _set(job, priority=flags.priority)
+    job.after.extend(flags.after or ())
     for key, value in pairs(flags.label or (), "--label", separator="").items():
         job.labels[key] = value
+    _set(job.retry, max_retries=flags.max_retries)
+    _set(job.budget, cpu_seconds=_seconds(flags.budget_cpu_hours), gpu_seconds=_seconds(flags.budget_gpu_hours))
     if flags.time_limit:
         job.time_limit.FromMicroseconds(round(duration(flags.time_limit, "--time-limit") * 1e6))
     for path, value in pairs(flags.set or (), "--set", separator="").items():
         set_path(job, path, value)
     return job
+
+
+def _seconds(hours: float | None) -> float | None:
+    return None if hours is None else hours * 3600
 
 
 def set_path(job: Job, path: str, value: str) -> None:

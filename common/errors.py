@@ -5,6 +5,7 @@ LuthierError
 ├── NotFound             no such thing, or not yours
 ├── AlreadyExists        the name or request_id is taken by something else
 ├── FailedPrecondition   right request, wrong moment
+├── Aborted              somebody changed it in the meantime; read it again
 ├── Unauthenticated      no key, or one that does not count
 ├── PermissionDenied     the key's role does not allow it
 ├── ResourceExhausted    too large or too many
@@ -72,6 +73,12 @@ class FailedPrecondition(LuthierError):
     """The request is right but the state does not allow it."""
 
     grpc_code = "FAILED_PRECONDITION"
+
+
+class Aborted(LuthierError):
+    """Somebody changed it since it was read."""
+
+    grpc_code = "ABORTED"
 
 
 class Unauthenticated(LuthierError):

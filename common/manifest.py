@@ -167,6 +167,13 @@ def fetch(uri: str, sha256: str = "") -> Path:
     return folder
 
 
+def discard(folder: Path) -> None:
+    """Remove what `fetch` returned from this node, where nobody will want it again. Safe to call from several processes."""
+    with node_lock(f"artifact-{folder.name}"):
+        folder.with_name(f"{folder.name}.json").unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _download(uri: str, manifest: Manifest, folder: Path, stamps: Path) -> None:
     part = folder.parent / f".{uuid.uuid4().hex}.part"
     part.mkdir(mode=0o700)

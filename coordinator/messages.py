@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -40,8 +41,10 @@ def job_name(row: tables.Job) -> str:
     return f"projects/{row.project_id}/jobs/{row.job_id}"
 
 
-def job(row: tables.Job, trials: list[tables.Trial] = []) -> job_pb2.Job:  # noqa: B006 (never changed)
-    """A job's row, with the trials of a sweep that has not ended, as the contract's message."""
+def job(
+    row: tables.Job, trials: Sequence[tables.Trial] = (), runs: Sequence[tables.JobRun] = (), after: Sequence[str] = ()
+) -> job_pb2.Job:
+    """A job's row as the contract's message, with the trials of a sweep that has not ended, its runs, and the jobs it follows."""
     message = job_pb2.Job(
         name=job_name(row),
         uid=row.uid,
@@ -61,7 +64,15 @@ def job(row: tables.Job, trials: list[tables.Trial] = []) -> job_pb2.Job:  # noq
         sequence=row.sequence,
         creator=row.creator,
         cancel_requested=row.cancel_time is not None and row.end_time is None,
+        pause_requested=row.pause_time is not None and row.end_time is None,
+        after=after,
+        runs=[job_run(each) for each in runs],
+        usage=job_pb2.Usage(cpu_seconds=row.cpu_seconds, gpu_seconds=row.gpu_seconds),
     )
+    if row.retry:
+        parse(row.retry, message.retry)
+    if row.budget:
+        parse(row.budget, message.budget)
     parse({row.kind: row.spec}, message)
     if row.time_limit_seconds is not None:
         message.time_limit.FromMilliseconds(int(row.time_limit_seconds * 1000))
@@ -78,6 +89,22 @@ def job(row: tables.Job, trials: list[tables.Trial] = []) -> job_pb2.Job:  # noq
     return message
 
 
+def job_run(row: tables.JobRun) -> job_pb2.JobRun:
+    """A run's row as the contract's message."""
+    message = job_pb2.JobRun(
+        run=row.run,
+        create_time=stamp(row.create_time),
+        claim_time=stamp(row.claim_time),
+        end_time=stamp(row.end_time),
+        end_reason=EndReason(row.end_reason).proto,
+        workers=row.workers,
+        resumed_step=row.resumed_step,
+    )
+    if row.error:
+        parse(row.error, message.error)
+    return message
+
+
 def job_event(row: tables.JobEvent) -> job_pb2.JobEvent:
     """An event's row as the contract's message."""
     return job_pb2.JobEvent(
@@ -88,6 +115,19 @@ def job_event(row: tables.JobEvent) -> job_pb2.JobEvent:
         end_reason=EndReason(row.end_reason).proto,
         run=row.run,
         message=row.message,
+    )
+
+
+def checkpoint(job: tables.Job, row: tables.Checkpoint) -> job_pb2.Checkpoint:
+    """A checkpoint's row as the contract's message."""
+    return job_pb2.Checkpoint(
+        name=f"{job_name(job)}/checkpoints/{row.run}-{row.step}",
+        run=row.run,
+        step=row.step,
+        uri=row.uri,
+        manifest_sha256=row.manifest_sha256,
+        size_bytes=row.size_bytes,
+        create_time=stamp(row.create_time),
     )
 
 

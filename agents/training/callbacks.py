@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from agents.training.checkpoints import CheckpointPublisher
-from agents.training.context import TrainContext
+from agents.training.context import TrainContext, Wish
 from agents.training.engine_check import engine_report
 from common.errors import FailedPrecondition
 from luthier.v1 import job_pb2, training_pb2
@@ -38,7 +38,7 @@ class RunCallback(TrainerCallback):
         self._trial_step = 0
         self.trainer: Any = None
         self.engine: training_pb2.EngineReport | None = None
-        self.stopped = False
+        self.wish = Wish.NONE
         self.tokens = 0
         self.losses: list[float] = []
 
@@ -61,13 +61,19 @@ class RunCallback(TrainerCallback):
                 context.reporter.engine(self.engine)
             # The first step pays for compiling and warming up; the rate is measured from here.
             self._start, self._start_step = time.monotonic(), state.global_step
-        if context.should_stop():
-            self.stopped = control.should_training_stop = True
-            control.should_save = False
+        self._heed(context.agreed_wish(), state, control)
         reports = context.trial_reports
         if reports is not None and (state.global_step % reports.every_steps == 0 or state.global_step == state.max_steps):
             control.should_log = True
             self._trial_step = state.global_step
+
+    def _heed(self, wish: Wish, state: TrainerState, control: TrainerControl) -> None:
+        if wish is Wish.PAUSE and state.global_step >= state.max_steps:
+            return  # the last step: it is quicker to end than to go on later
+        self.wish = wish
+        if wish is not Wish.NONE:
+            control.should_training_stop = True
+            control.should_save = wish is Wish.PAUSE and bool(self._context.run_uri)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
 from typing import Protocol
 
 from agents.training.config import TrainConfig
 from luthier.v1 import job_pb2, training_pb2
+
+
+class Wish(IntEnum):
+    """What is wanted of a run."""
+
+    NONE = 0
+    """Go on."""
+    END = 1
+    """Stop, and save nothing."""
+    PAUSE = 2
+    """Save a checkpoint and stop."""
+    FINISH = 3
+    """Train no further; what was learned is the result."""
 
 
 class Reporter(Protocol):
@@ -58,8 +72,10 @@ class TrainContext:
     trial: str = ""
     node: str = ""
     trial_reports: TrialReports | None = None
+    # A whole, verified checkpoint of an earlier run, in a local folder; None for a start from the beginning.
+    resume_from: Path | None = None
     # Read on rank 0 only; the ranks agree on it at step boundaries.
-    wishes_stop: Callable[[], bool] = field(default=lambda: False)
+    wish: Callable[[], Wish] = field(default=lambda: Wish.NONE)
 
     @property
     def is_main(self) -> bool:
@@ -71,13 +87,13 @@ class TrainContext:
         if self.is_main:
             self.reporter.phase(phase, message)
 
-    def should_stop(self) -> bool:
-        """Whether the run is asked to stop, the same answer on every rank. All ranks have to call it at the same step."""
+    def agreed_wish(self) -> Wish:
+        """What is wanted of the run, the same answer on every rank. All ranks have to call it at the same step."""
         if self.world_size == 1:
-            return self.wishes_stop()
+            return self.wish()
         from agents.training.distributed import agree
 
-        return agree(self.wishes_stop() if self.is_main else False, self.use_gpu)
+        return Wish(agree(self.wish() if self.is_main else Wish.NONE, self.use_gpu))
 
 
 @dataclass(frozen=True)
@@ -89,4 +105,10 @@ class TrainedModel:
     steps: int
     metrics: dict[str, float]
     engine: training_pb2.EngineReport
-    stopped: bool = False
+    # The wish that ended the training early; NONE and FINISH leave a model, the others none.
+    wish: Wish = Wish.NONE
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run stopped without a model."""
+        return self.wish in (Wish.END, Wish.PAUSE)

@@ -13,11 +13,11 @@ def device(use_gpu: bool) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if use_gpu else torch.device("cpu")
 
 
-def agree(flag: bool, use_gpu: bool) -> bool:
-    """Rank 0's answer, on every rank."""
-    answer = torch.tensor([int(flag)], device=device(use_gpu))
+def agree(number: int, use_gpu: bool) -> int:
+    """Rank 0's number, on every rank."""
+    answer = torch.tensor([number], device=device(use_gpu))
     dist.broadcast(answer, src=0)
-    return bool(answer.item())
+    return int(answer.item())
 
 
 def gather(value: Any) -> list[Any]:

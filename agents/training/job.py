@@ -13,10 +13,11 @@ from ray._private.state import available_resources_per_node
 from agents.cluster import connect
 from agents.evaluation.evaluate import headline
 from agents.evaluation.remote import evaluate_remotely
-from agents.failures import RunCancelled, check_wish
+from agents.failures import RunCancelled, RunPaused, check_wish
 from agents.link import Link
 from agents.models.resolve import Base, materialise
 from agents.training.config import TrainConfig
+from agents.training.context import Wish
 from agents.training.ray_entry import resources, run_training
 from agents.training.worker import TrainPayload, TrainResult
 from common import storage
@@ -40,7 +41,7 @@ def run(link: Link, claim: agent_pb2.ClaimRunResponse) -> agent_pb2.OutcomeRepor
     connect()
     _, use_gpu = resources(config)
     scoring = _Scoring(link, claim, config, use_gpu)
-    before = scoring.score("evaluating_before", base.name, base) if spec.evaluation.before else None
+    before = _before(link, claim, scoring, base)
     check_wish(link)
     payload = TrainPayload(
         spec=spec.SerializeToString(),
@@ -52,14 +53,33 @@ def run(link: Link, claim: agent_pb2.ClaimRunResponse) -> agent_pb2.OutcomeRepor
         dataset_hash=claim.inputs["dataset"].content_hash,
         run_uri=claim.run_uri,
         use_gpu=use_gpu,
+        resume_from=tuple((point.uri, point.manifest_sha256, point.step) for point in claim.resume_from),
     )
-    link.phase("starting", f"starting {config.workers} workers")
+    going_on = f", to go on from step {claim.resume_from[0].step}" if claim.resume_from else ""
+    link.phase("starting", f"starting {config.workers} workers{going_on}")
     trained = run_training(payload)
-    if trained.stopped:
+    if trained.wish is Wish.PAUSE:
+        raise RunPaused
+    # From here on a pause would cost more than it brings: what is left is to score and to register.
+    if trained.stopped or link.wished.is_set():
         raise RunCancelled(link.wish_reason)
-    check_wish(link)
     after = scoring.score("evaluating_after", scoring.output_name, base, trained)
-    return _outcome(claim, config, base, trained, before, after)
+    outcome = _outcome(claim, config, base, trained, before, after)
+    if trained.wish is Wish.FINISH:
+        outcome.end_reason = link.wish_reason
+    return outcome
+
+
+def _before(link: Link, claim: agent_pb2.ClaimRunResponse, scoring: _Scoring, base: Base) -> evaluation_pb2.Evaluation | None:
+    """The base's scores where they are asked for: found now, or by an earlier run."""
+    if not claim.job.finetune.evaluation.before:
+        return None
+    if claim.job.result.HasField("before"):
+        return claim.job.result.before
+    before = scoring.score("evaluating_before", base.name, base)
+    if before is not None:
+        link.partial(job_pb2.JobResult(before=before))
+    return before
 
 
 def full_base(claim: agent_pb2.ClaimRunResponse) -> Base:

@@ -13,7 +13,7 @@ import shutil
 import socket
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from google.protobuf import json_format
 
 from agents.training import environment
 from agents.training.config import TrainConfig
-from agents.training.context import Reporter, TrainContext
+from agents.training.context import Reporter, TrainContext, Wish
 from common.errors import InvalidArgument, LuthierError
 from luthier.v1 import job_pb2, training_pb2
 
@@ -71,11 +71,14 @@ def train_locally(
     *,
     use_gpu: bool,
     run_uri: str = "",
+    resume_from: Path | None = None,
     reporter: Reporter | None = None,
+    wish: Callable[[], Wish] = lambda: Wish.NONE,
 ) -> dict[str, Any]:
     """Run this process's rank of a fine-tune; under torchrun its variables say which. Returns the figures.
 
-    With `run_uri`, a folder in storage, checkpoints are published below it.
+    With `run_uri`, a folder in storage, checkpoints are published below it. `resume_from` is a local folder with one. A run that
+    `wish` stops leaves no model.
     """
     environment.prepare(use_gpu)
     import torch
@@ -106,10 +109,12 @@ def train_locally(
         use_gpu=use_gpu,
         run_uri=run_uri,
         node=socket.gethostname(),
+        resume_from=resume_from,
+        wish=wish,
     )
     try:
         trained = find_method(config.method).run(context)
-        if rank == 0:
+        if rank == 0 and not trained.stopped:
             trained.local_dir.replace(out)
         dist.barrier()
     finally:
@@ -127,6 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", type=Path, required=True, help="folder of the base model")
     parser.add_argument("--data", type=Path, required=True, help="folder with train.parquet, as a data set version holds it")
     parser.add_argument("--out", type=Path, required=True, help="folder to make for the trained model")
+    parser.add_argument("--resume-from", type=Path, help="folder of a checkpoint to go on from")
     parser.add_argument("--gpu", action="store_true", help="train on GPUs, one a rank, over NCCL")
     given = parser.parse_args(arguments)
     try:
@@ -134,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InvalidArgument(f"{given.out} exists already; name a new folder", "OUTPUT_EXISTS")
         given.out.parent.mkdir(parents=True, exist_ok=True)
         spec = read_spec(given.spec)
-        result = train_locally(spec, given.base, given.data, given.out, use_gpu=given.gpu)
+        result = train_locally(spec, given.base, given.data, given.out, use_gpu=given.gpu, resume_from=given.resume_from)
     except LuthierError as error:
         sys.stderr.write(f"error: {error.message}\n")
         return 2 if isinstance(error, InvalidArgument) else 1

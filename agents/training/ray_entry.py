@@ -15,7 +15,7 @@ from ray.exceptions import OutOfMemoryError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from agents.failures import OUT_OF_MEMORY, TRACEBACK_LIMIT, RunFailed, is_out_of_memory, is_peer_loss, job_error_of
+from agents.failures import OUT_OF_MEMORY, TRACEBACK_LIMIT, WORKER_LOST, RunFailed, is_out_of_memory, is_peer_loss, job_error_of
 from agents.training import environment
 from agents.training.config import TrainConfig
 from agents.training.worker import TRAINING_ERROR, TrainPayload, TrainResult, train_worker
@@ -33,7 +33,6 @@ _CONTROLLER = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
-LOST = "WORKER_LOST"
 
 
 def resources(config: TrainConfig) -> tuple[dict[str, float], bool]:
@@ -90,7 +89,7 @@ def root_cause(error: BaseException, payload: TrainPayload) -> job_pb2.JobError:
     causes = [_cause(failure, payload.source(rank)) for rank, failure in sorted(failures.items())]
     if not causes:
         return _cause(getattr(error, "controller_failure", error), f"{payload.trial}/driver" if payload.trial else "driver")
-    return min(causes, key=lambda cause: (is_peer_loss(cause), cause.code == LOST))
+    return min(causes, key=lambda cause: (is_peer_loss(cause), cause.code == WORKER_LOST))
 
 
 def _cause(error: BaseException, source: str) -> job_pb2.JobError:
@@ -106,7 +105,7 @@ def _cause(error: BaseException, source: str) -> job_pb2.JobError:
     if isinstance(innermost, RayError):
         message = f"the process of {source} died without a word; it was killed, or its node was lost"
         return job_pb2.JobError(
-            code=LOST, source=source, exception=name, message=message, traceback=str(innermost)[-TRACEBACK_LIMIT:]
+            code=WORKER_LOST, source=source, exception=name, message=message, traceback=str(innermost)[-TRACEBACK_LIMIT:]
         )
     return job_error_of(innermost, source, TRAINING_ERROR)
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from agents.failures import RunCancelled, RunFailed, is_peer_loss, job_error_of
 from agents.link import Link, LinkConfig, install_logging
 from agents.training import environment
 from agents.training.config import TrainConfig
-from agents.training.context import TrainContext, TrainedModel, TrialReports
+from agents.training.context import TrainContext, TrainedModel, TrialReports, Wish
 from agents.training.scratch import scratch_folder
 from common import manifest, storage
+from common.errors import LuthierError
 from luthier.agent.v1 import agent_pb2
 from luthier.v1 import training_pb2
 
@@ -24,6 +26,7 @@ FLUSH_SECONDS = 10.0
 OUTAGE_SECONDS = 600.0
 QUIET_SECONDS = 15.0
 TRAINING_ERROR = "TRAINING_ERROR"
+_WISHES = {agent_pb2.WISH_CANCEL: Wish.END, agent_pb2.WISH_PAUSE: Wish.PAUSE, agent_pb2.WISH_FINISH: Wish.FINISH}
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class TrainPayload:
     trial_every: int = 0
     trial_split: str = "test"
     trial_max_rows: int = 0
+    # Checkpoints to go on from, best first: URI, SHA-256 of the manifest, step.
+    resume_from: tuple[tuple[str, str, int], ...] = ()
 
     @property
     def config(self) -> TrainConfig:
@@ -64,12 +69,17 @@ class TrainResult:
     steps: int
     metrics: dict[str, float]
     engine: bytes
-    stopped: bool = False
+    wish: Wish = Wish.NONE
     uri: str = ""
     content_hash: str = ""
     size_bytes: int = 0
     model_kind: str = ""
     chat_template_sha256: str = ""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether there is no model, because the run was stopped."""
+        return self.wish in (Wish.END, Wish.PAUSE)
 
     @property
     def engine_report(self) -> training_pb2.EngineReport:
@@ -137,6 +147,7 @@ def _train(
         link.phase("loading", "fetching base model and data set to the nodes")
     base_dir = manifest.fetch(payload.base_uri, payload.base_hash)
     data_dir = manifest.fetch(payload.dataset_uri, payload.dataset_hash)
+    resume_from = usable_checkpoint(payload.resume_from)
     reports = None
     if payload.trial_every and report is not None:
         reports = TrialReports(report, payload.trial_every, payload.trial_split, payload.trial_max_rows)
@@ -157,10 +168,41 @@ def _train(
             trial=payload.trial,
             node=node,
             trial_reports=reports,
-            wishes_stop=link.wished.is_set,
+            resume_from=resume_from,
+            wish=lambda: _wish(link),
         )
-        trained = method.run(context)
+        try:
+            trained = method.run(context)
+        finally:
+            if resume_from is not None:
+                manifest.discard(resume_from)
         return _publish(payload, trained) if rank == 0 else None
+
+
+def _wish(link: Link) -> Wish:
+    return _WISHES.get(link.wish, Wish.NONE)
+
+
+def usable_checkpoint(points: Sequence[tuple[str, str, int]]) -> Path | None:
+    """The first checkpoint (URI, manifest's SHA-256, step) that every rank can fetch whole, in a local folder. Collective.
+
+    A damaged or missing one is passed over with a warning; None where none is left, so that the run starts from the beginning.
+    """
+    from agents.training.distributed import gather
+
+    for uri, sha256, step in points:
+        folder, trouble = None, ""
+        try:
+            folder = manifest.fetch(uri, sha256)
+        except LuthierError as error:
+            trouble = error.message
+        troubles = [text for text in gather(trouble) if text]
+        if not troubles:
+            return folder
+        logger.warning("the checkpoint at step %d cannot be used: %s", step, troubles[0])
+    if points:
+        logger.warning("no checkpoint can be used; training starts from the beginning")
+    return None
 
 
 def _publish(payload: TrainPayload, trained: TrainedModel) -> TrainResult:
@@ -170,13 +212,14 @@ def _publish(payload: TrainPayload, trained: TrainedModel) -> TrainResult:
 
     engine = trained.engine.SerializeToString()
     if trained.stopped:
-        return TrainResult(trained.steps, trained.metrics, engine, stopped=True)
+        return TrainResult(trained.steps, trained.metrics, engine, trained.wish)
     artifact = manifest.publish(trained.local_dir, storage.join(payload.run_uri, "model"))
     tokenizer = AutoTokenizer.from_pretrained(trained.local_dir, trust_remote_code=False, local_files_only=True)
     return TrainResult(
         steps=trained.steps,
         metrics=trained.metrics,
         engine=engine,
+        wish=trained.wish,
         uri=storage.join(payload.run_uri, "model"),
         content_hash=artifact.sha256,
         size_bytes=artifact.size_bytes,

@@ -8,16 +8,21 @@ from typing import Annotated
 import typer
 
 from cli.command import command
-from cli.commands.train import finish
+from cli.commands.train import finish, with_full_names
 from cli.context import Cli
+from cli.flags import set_path
 from cli.follow import event_line, figures_text, follow, follower, steps_text, succeeded
 from cli.jobfile import read_job
 from cli.render.jobs import job_view, jobs_table
 from cli.render.text import when
+from cli.values import duration, pairs
 from luthier.client import is_terminal, short_name
-from luthier.v1.job_pb2 import ListJobsResponse, LogLine
+from luthier.v1.job_pb2 import JOB_STATE_PAUSING, Job, ListJobsResponse, LogLine
 
 app = typer.Typer(name="job", help="Jobs: anything that takes long.", no_args_is_help=True, rich_markup_mode=None)
+
+FIRST_OUTPUT = 40
+"""Fields of a Job with this number or a higher one are output only (see job.proto)."""
 
 JobArgument = Annotated[str, typer.Argument(help="The job's id, as `luthier job list` shows it.", metavar="JOB")]
 
@@ -31,7 +36,7 @@ def submit(
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow the job and print it as it ended.")] = False,
 ) -> None:
     """Create the job that a file describes."""
-    job = cli.client.create_job(read_job(file), request_id or None, validate_only)
+    job = cli.client.create_job(with_full_names(cli, read_job(file)), request_id or None, validate_only)
     if validate_only:
         cli.out.say("the job is fine; nothing was started")
     elif watch:
@@ -116,3 +121,85 @@ def cancel(cli: Cli, job: JobArgument) -> None:
     if not is_terminal(found.state) and not cli.json:
         cli.out.say("asked for; it ends once its processes have stopped")
     cli.out.answer(found, job_view(found))
+
+
+@command(app)
+def pause(cli: Cli, job: JobArgument) -> None:
+    """Ask for a job to save a checkpoint and give its place up; one that waits stays where it is until it is resumed."""
+    found = cli.client.pause_job(job)
+    if found.state == JOB_STATE_PAUSING and not cli.json:
+        cli.out.say(f"it saves and stops; `luthier job resume {short_name(found.name)}` goes on from there")
+    cli.out.answer(found, job_view(found))
+
+
+@command(app)
+def resume(cli: Cli, job: JobArgument) -> None:
+    """Queue a paused job again; it goes on from its last checkpoint."""
+    found = cli.client.resume_job(job)
+    cli.out.answer(found, job_view(found))
+
+
+@command(app)
+def update(
+    cli: Cli,
+    job: JobArgument,
+    name: Annotated[str | None, typer.Option(help="A person's name for the job.")] = None,
+    priority: Annotated[int | None, typer.Option(help="-100 to 100; more starts sooner.")] = None,
+    time_limit: Annotated[str | None, typer.Option(help="Stop and fail it after this long; an empty text for no limit.")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="Free pair key=value instead of those it has; may be repeated.", metavar="KEY=VALUE")
+    ] = None,
+    max_retries: Annotated[int | None, typer.Option(help="Retries after faults of the machines.")] = None,
+) -> None:
+    """Change a job that has not ended."""
+    changes, fields = Job(), []
+    if name is not None:
+        changes.display_name = name
+        fields.append("display_name")
+    if priority is not None:
+        changes.priority = priority
+        fields.append("priority")
+    if time_limit is not None:
+        if time_limit:
+            changes.time_limit.FromMicroseconds(round(duration(time_limit, "--time-limit") * 1e6))
+        fields.append("time_limit")
+    if label is not None:
+        changes.labels.update(pairs(label, "--label", separator=""))
+        fields.append("labels")
+    if max_retries is not None:
+        changes.retry.max_retries = max_retries
+        fields.append("retry")
+    found = cli.client.update_job(job, changes, *fields)
+    cli.out.answer(found, job_view(found))
+
+
+@command(app)
+def rerun(
+    cli: Cli,
+    job: JobArgument,
+    set: Annotated[
+        list[str] | None,
+        typer.Option(help="A field that is to differ, by its path: hyperparameters.seed=7.", metavar="PATH=VALUE"),
+    ] = None,
+    request_id: Annotated[str, typer.Option(help="Makes the command safe to repeat: the same id gives the same job.")] = "",
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow the job and print it as it ended.")] = False,
+) -> None:
+    """Create a job like another one, from the beginning, with what it read pinned to the versions that one read."""
+    copy = asked_for(cli.client.get_job(job))
+    for path, value in pairs(set or (), "--set", separator="").items():
+        set_path(copy, path, value)
+    created = cli.client.create_job(copy, request_id or None)
+    if watch:
+        cli.out.say(f"job {short_name(created.name)}")
+        created = follow(cli, created)
+    finish(cli, created, watched=watch)
+
+
+def asked_for(job: Job) -> Job:
+    """A job without what was observed of it: the part that a user writes."""
+    copy = Job()
+    copy.CopyFrom(job)
+    for field in Job.DESCRIPTOR.fields:
+        if field.number >= FIRST_OUTPUT or field.name in ("name", "uid"):
+            copy.ClearField(field.name)  # type: ignore[arg-type]
+    return copy

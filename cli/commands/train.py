@@ -69,13 +69,19 @@ def evaluate(
 
 def send(cli: Cli, job: Job, flags: JobFlags) -> None:
     """Create a job, follow it where asked to, and print it."""
-    created = cli.client.create_job(job, flags.request_id or None, flags.validate_only)
+    created = cli.client.create_job(with_full_names(cli, job), flags.request_id or None, flags.validate_only)
     if flags.validate_only:
         cli.out.say("the job is fine; nothing was started")
     elif flags.watch:
         cli.out.say(f"job {short_name(created.name)}")
         created = follow(cli, created)
     finish(cli, created, watched=flags.watch and not flags.validate_only)
+
+
+def with_full_names(cli: Cli, job: Job) -> Job:
+    """A job whose references to other jobs are resource names, also where their ids were given."""
+    job.after[:] = [cli.client.job_name(name) for name in job.after]
+    return job
 
 
 def finish(cli: Cli, job: Job, watched: bool) -> None:

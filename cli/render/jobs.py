@@ -14,7 +14,7 @@ from cli.render.evaluation import WAYS, confusion_table, side_by_side
 from cli.render.text import ago, duration, enum_text, facts, number, plain_table, size, span, state_text, when
 from luthier.client import short_name
 from luthier.v1.evaluation_pb2 import Evaluation
-from luthier.v1.job_pb2 import EndReason, Job, JobError, JobState
+from luthier.v1.job_pb2 import Budget, EndReason, Job, JobError, JobRun, JobState, Usage
 from luthier.v1.sweep_pb2 import SearchDimension, Trial, TrialState
 from luthier.v1.training_pb2 import EngineReport
 
@@ -23,13 +23,14 @@ TRIALS_SHOWN = 30
 
 def jobs_table(jobs: Iterable[Job]) -> Table:
     """Jobs, one a line."""
-    table = plain_table("job", "kind", "state", "progress", "made", "took", "result")
+    table = plain_table("job", "kind", "state", "prio", "progress", "made", "took", "result, or what it waits for")
     for job in jobs:
         steps = steps_text(job.progress)
         table.add_row(
             short_name(job.name) + (f"  {job.display_name}" if job.display_name else ""),
             job.kind,
             state_text(JobState.Name(job.state)),
+            str(job.priority) if job.priority else "",
             f"{job.progress.phase.replace('_', ' ')} {steps}".strip() if not job.HasField("end_time") else "",
             ago(job.create_time),
             _took(job),
@@ -46,6 +47,8 @@ def job_view(job: Job, confusion: bool = False, traceback: bool = False) -> Grou
         parts += _section(spec_kind.replace("_", " "), _spec_facts(getattr(job, spec_kind)))
     if job.HasField("error"):
         parts += _section("what went wrong", _error_facts(job.error, traceback))
+    if len(job.runs) > 1 or any(run.HasField("error") for run in job.runs):
+        parts += _section("runs", runs_table(job.runs))
     result = job.result
     scores = {name: getattr(result, name) for name in ("before", "after") if result.HasField(name)}
     if scores:
@@ -72,6 +75,8 @@ def _head(job: Job) -> Table:
         state.append(f"  ({enum_text(EndReason.Name(job.end_reason), 'END_REASON_')})", "dim")
     if job.cancel_requested:
         state.append("  (cancellation asked for)", "yellow")
+    elif job.pause_requested:
+        state.append("  (pause asked for)", "yellow")
     running = not job.HasField("end_time")
     progress = "  ".join(
         text for text in (job.progress.phase.replace("_", " "), steps_text(job.progress), figures_text(job.progress)) if text
@@ -86,14 +91,41 @@ def _head(job: Job) -> Table:
             ("progress", progress if running else ""),
             ("result", job.result.model_version),
             ("labels", ", ".join(f"{key}={value}" for key, value in sorted(job.labels.items()))),
+            ("after", ", ".join(short_name(name) for name in job.after)),
             ("priority", job.priority or ""),
             ("time limit", duration(job.time_limit) if job.HasField("time_limit") else ""),
+            ("budget", _amounts(job.budget) if job.HasField("budget") else ""),
+            ("spent", _amounts(job.usage)),
             ("run", f"{job.run}, retries {job.attempt}" if job.run else ""),
             ("made", f"{when(job.create_time)} by {job.creator}" if job.creator else when(job.create_time)),
             ("started", when(job.start_time)),
             ("ended", f"{when(job.end_time)}, after {_took(job)}" if job.HasField("end_time") else ""),
         ]
     )
+
+
+def _amounts(spent: Budget | Usage) -> str:
+    """CPU- and GPU-seconds as hours, what is zero left out."""
+    both = ((spent.cpu_seconds, "CPU"), (spent.gpu_seconds, "GPU"))
+    return ", ".join(f"{seconds / 3600:.3g} {what}-hours" for seconds, what in both if seconds)
+
+
+def runs_table(runs: Iterable[JobRun]) -> Table:
+    """The launches of a job, oldest first."""
+    table = plain_table("run", "workers", "from step", "began", "took", "ended because")
+    for run in runs:
+        reason = "" if run.end_reason == EndReason.END_REASON_UNSPECIFIED else EndReason.Name(run.end_reason)
+        took = span(max(0, run.end_time.seconds - run.create_time.seconds)) if run.HasField("end_time") else ""
+        because = ": ".join(text for text in (enum_text(reason, "END_REASON_"), run.error.message) if text)
+        table.add_row(
+            str(run.run),
+            str(run.workers or ""),
+            str(run.resumed_step or ""),
+            when(run.create_time)[11:],
+            took,
+            because or ("" if run.HasField("end_time") else "goes on"),
+        )
+    return table
 
 
 def _took(job: Job) -> str:
@@ -106,8 +138,10 @@ def _took(job: Job) -> str:
 def _waits(job: Job) -> str:
     if not job.queue.waiting_for and not job.queue.position:
         return ""
-    position = f"position {job.queue.position}" if job.queue.position else ""
-    return ", ".join(text for text in (position, f"for {job.queue.waiting_for}" if job.queue.waiting_for else "") if text)
+    position = f"#{job.queue.position}" if job.queue.position else ""
+    start = f"(from about {when(job.queue.estimated_start)[11:]})" if job.queue.HasField("estimated_start") else ""
+    words = f"waits for {job.queue.waiting_for}" if job.queue.waiting_for else ""
+    return " ".join(text for text in (position, words, start) if text)
 
 
 def _spec_facts(spec: Message) -> Table:

@@ -14,7 +14,7 @@ from typing import Any
 
 from common.errors import Unavailable
 from coordinator.jobs.resources import DRIVER_CPUS
-from coordinator.scheduling.model import Demand
+from coordinator.scheduling.model import Demand, Node
 
 ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 """Ray's words for a job that has ended."""
@@ -24,8 +24,12 @@ ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 class Capacity:
     """What the cluster has."""
 
-    nodes: int
-    total: Demand
+    nodes: tuple[Node, ...]
+
+    @property
+    def total(self) -> Demand:
+        """All nodes together."""
+        return sum((node.total for node in self.nodes), Demand())
 
 
 @dataclass(frozen=True)
@@ -92,9 +96,7 @@ class RayCluster:
         if response.status_code != 200:
             raise Unavailable(f"Ray's dashboard answers {response.status_code} for its nodes", "RAY_UNAVAILABLE")
         nodes = response.json()["data"]["result"]["result"]
-        resources = [node.get("resources_total") or {} for node in nodes]
-        cpus, gpus = (sum(float(each.get(name, 0)) for each in resources) for name in ("CPU", "GPU"))
-        return Capacity(len(nodes), Demand(cpus, gpus))
+        return Capacity(tuple(Node(str(node["node_id"]), _total(node)) for node in nodes))
 
     def submit(self, submission_id: str, entrypoint: str, env: dict[str, str]) -> bool:
         """Start an agent as a Ray job; False where that submission exists already, which makes launching twice harmless."""
@@ -143,6 +145,11 @@ class RayCluster:
         """What Serve runs now; empty applications where it was never started."""
         details: dict[str, Any] = self._answering(self._serve_client().get_serve_details)
         return details
+
+
+def _total(node: dict[str, Any]) -> Demand:
+    resources = node.get("resources_total") or {}
+    return Demand(float(resources.get("CPU", 0)), float(resources.get("GPU", 0)))
 
 
 def _raise(error: Exception) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 from sqlmodel import Session, select
 
-from common.errors import AlreadyExists
+from common.errors import AlreadyExists, InvalidArgument, Violation
+from common.names import parse
 from coordinator import messages
+from coordinator.jobs.change import budget
 from coordinator.jobs.resolve import Resolved
-from coordinator.jobs.resources import demand
-from coordinator.jobs.states import State
+from coordinator.jobs.resources import shape, shape_document
+from coordinator.jobs.states import TERMINAL, State
 from coordinator.store import tables
 from luthier.v1 import job_pb2
 
@@ -71,7 +73,10 @@ def insert(session: Session, request: Request, job: job_pb2.Job, resolved: Resol
     kind = job.WhichOneof("spec") or ""
     moment = tables.now()
     unique = secrets.token_hex(5)
-    needs = demand(job)
+    form = shape(job)
+    needs = form.total()
+    followed = [_find(session, request.project, name, index) for index, name in enumerate(job.after)]
+    open_ = [other for other in followed if State(other.state) is not State.SUCCEEDED]
     row = tables.Job(
         uid=f"{PREFIXES[kind]}{unique}{secrets.token_hex(3)}",
         project_id=request.project,
@@ -89,16 +94,20 @@ def insert(session: Session, request: Request, job: job_pb2.Job, resolved: Resol
         },
         cpus=needs.cpus,
         gpus=needs.gpus,
+        shape=shape_document(form),
+        retry=messages.document(job.retry),
+        budget=budget(job),
         request_id=request.request_id or None,
         request_sha256=request.sha256,
         creator=request.creator,
-        state=State.QUEUED.value,
+        state=(State.BLOCKED if open_ else State.QUEUED).value,
         sequence=1,
         create_time=moment,
         update_time=moment,
     )
     session.add(row)
     session.flush()
+    session.add_all(tables.JobDependency(job_uid=row.uid, after_uid=other) for other in {other.uid for other in followed})
     session.add(
         tables.JobEvent(
             job_uid=row.uid,
@@ -109,6 +118,19 @@ def insert(session: Session, request: Request, job: job_pb2.Job, resolved: Resol
             message=f"{kind} created by {request.creator}",
         )
     )
+    return row
+
+
+def _find(session: Session, project: str, name: str, index: int) -> tables.Job:
+    """A job that the new one is to follow. Raises InvalidArgument where there is none, or where it will never succeed."""
+    field = f"job.after[{index}]"
+    owner, job_id = parse(name, "projects", "jobs", field=field)
+    query = select(tables.Job).where(tables.Job.project_id == project, tables.Job.job_id == job_id)
+    row = session.exec(query).first() if owner == project else None
+    if row is None:
+        raise InvalidArgument.of([Violation(field, f"there is no job {name!r}")])
+    if State(row.state) in TERMINAL and State(row.state) is not State.SUCCEEDED:
+        raise InvalidArgument.of([Violation(field, f"{name} ended {row.state}, so nothing can follow it")])
     return row
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
+from typing import Any
 
 from sqlmodel import Session, col, select
 
@@ -18,12 +19,17 @@ from common.errors import LuthierError, Unavailable
 from coordinator.cluster.launcher import Launcher, submission_id
 from coordinator.cluster.ray_cluster import Capacity, Submission
 from coordinator.jobs import records
-from coordinator.jobs.report import over_time, root_cause
-from coordinator.jobs.states import ACTIVE, EndReason, State
+from coordinator.jobs.ending import Ended, end_run, latest_checkpoint
+from coordinator.jobs.expiry import expired
+from coordinator.jobs.lease import Lease
+from coordinator.jobs.report import as_wished, root_cause
+from coordinator.jobs.resources import shape_of
+from coordinator.jobs.situation import active, read
+from coordinator.jobs.states import EndReason, State
+from coordinator.jobs.wishes import wish_pause
 from coordinator.notify import Notifier
-from coordinator.scheduling.model import Demand
-from coordinator.scheduling.plan import Decision, Waiting, plan
-from coordinator.store import tables
+from coordinator.scheduling.model import Decision, Demand, Preemption
+from coordinator.scheduling.plan import plan
 from coordinator.store.database import Store
 from coordinator.store.tables import Job, JobRun, now
 from luthier.v1 import job_pb2
@@ -38,6 +44,12 @@ CAPACITY_PERIOD = 5.0
 
 CANCEL_GRACE = timedelta(seconds=20)
 """How long a run may take to stop by itself before Ray is told to end it."""
+
+PAUSE_GRACE = timedelta(minutes=10)
+"""How long a run may take to save and stop. After that it is ended, and goes on from the checkpoint before."""
+
+REASONS_A_ROUND = 200
+"""Events about what jobs wait for that one round writes at most."""
 
 SUBMIT_DEADLINE = timedelta(seconds=120)
 """How long a run that Ray does not know may stay STARTING while submitting it fails."""
@@ -62,6 +74,7 @@ class Reconciler:
         self._notifier = notifier
         self._capacity: Capacity | None = None
         self._capacity_until = 0.0
+        self._lease = Lease()
         self.cluster_error = "not asked yet"
         self.queue = Queue({}, None, Demand())
 
@@ -96,13 +109,36 @@ class Reconciler:
 
     async def _start(self) -> None:
         capacity = await self.capacity()
-        queued, held = await self._store.read(_queue)
-        waiting = [Waiting(job.uid, job.priority, job.create_time, Demand(job.cpus, job.gpus)) for job in queued]
-        decisions = plan(waiting, held, capacity.total if capacity else None)
-        self.queue = Queue({decision.uid: decision for decision in decisions}, capacity, held)
-        for decision in decisions:
+        nodes = capacity.nodes if capacity else None
+        situation = await self._store.read(lambda session: read(session, nodes, now()))
+        decided = await asyncio.to_thread(plan, situation)
+        held = sum((holding.held for holding in situation.holding), Demand())
+        self.queue = Queue({decision.uid: decision for decision in decided.decisions}, capacity, held)
+        for preemption in decided.preemptions:
+            await self._preempt(preemption)
+        for decision in decided.decisions:
             if decision.start:
                 await self._launch(decision)
+        await self._tell_reasons(decided.decisions)
+
+    async def _preempt(self, preemption: Preemption) -> None:
+        def work(session: Session) -> bool:
+            state = State(session.get_one(Job, preemption.uid).state)
+            said = f"saves and gives its place up: {preemption.reason}"
+            return state is State.RUNNING and wish_pause(session, preemption.uid, EndReason.PREEMPTED, said)
+
+        if await self._store.write(work):
+            self._notifier.notify(preemption.uid)
+
+    async def _tell_reasons(self, decisions: Sequence[Decision]) -> None:
+        """Write an event for each job that waits for something else than when it was last told."""
+        told = await self._store.read(_told_reasons)
+        news = [each for each in decisions if not each.start and each.uid in told and told[each.uid] != each.reason]
+        if not news:
+            return
+        # The first of the queue are told first; with many, the others' turn comes in the next rounds.
+        told_now = await self._store.write(lambda session: [each.uid for each in news[:REASONS_A_ROUND] if _tell(session, each)])
+        self._notifier.notify(*told_now)
 
     async def _launch(self, decision: Decision) -> None:
         job = await self._store.write(lambda session: _begin_run(session, decision))
@@ -121,21 +157,32 @@ class Reconciler:
                 log.warning("run %s of %s is not submitted yet: %s", job.run, job.job_id, error)
 
     async def _observe(self) -> None:
-        active = await self._store.read(_active)
-        if not active:
+        running = await self._store.read(active)
+        if not running:
             return
         submissions = await asyncio.to_thread(self._cluster.submissions)
         # What ended reported its outcome before it did: only jobs that are still active now have died without a word.
-        for job in await self._store.read(_active):
-            if all(job.uid != other.uid or job.run != other.run for other in active):
+        known = {(job.uid, job.run) for job in running}
+        reported = await self._store.read(lambda session: _last_reports(session, running))
+        for job in await self._store.read(active):
+            if (job.uid, job.run) not in known:
                 continue
             submission = submissions.get(submission_id(job.uid, job.run))
             if submission is None:
                 await self._unknown_to_ray(job)
             elif submission.ended:
                 await self._ended_without_a_word(job, submission)
-            elif job.cancel_time is not None and (job.state == State.STARTING or now() - job.cancel_time > CANCEL_GRACE):
+            elif self._overdue(job, reported.get((job.uid, job.run))):
                 await asyncio.to_thread(self._cluster.stop, submission_id(job.uid, job.run))
+
+    def _overdue(self, job: Job, reported: datetime | None) -> bool:
+        """Whether Ray should end a run: it was to stop and did not, was never claimed, or was silent for too long."""
+        moment = now()
+        if job.cancel_time is not None and (job.state == State.STARTING or moment - job.cancel_time > CANCEL_GRACE):
+            return True
+        if job.state == State.PAUSING and job.pause_time is not None and moment - job.pause_time > PAUSE_GRACE:
+            return True
+        return self._lease.ran_out(job, reported)
 
     async def _unknown_to_ray(self, job: Job) -> None:
         if job.cancel_time is not None:
@@ -167,83 +214,80 @@ class Reconciler:
         await self._end(job, State.FAILED, EndReason.AGENT_LOST, failure)
 
     async def _end_as_wished(self, job: Job) -> None:
-        if job.cancel_reason == EndReason.TIME_LIMIT:
-            await self._end(job, State.FAILED, EndReason.TIME_LIMIT, over_time(job))
-        else:
-            await self._end(job, State.CANCELLED, EndReason.USER, {})
+        await self._end(job, *as_wished(job))
 
-    async def _end(self, job: Job, state: State, reason: EndReason, failure: dict[str, str]) -> None:
+    async def _end(self, job: Job, state: State, reason: EndReason, failure: dict[str, Any]) -> None:
         def work(session: Session) -> None:
             error = dict(failure)
             if reason is EndReason.AGENT_LOST:
                 error = root_cause(session.get_one(JobRun, (job.uid, job.run)).failures, error)
             message = error.get("message", state.value.lower())
-            records.move(session, job.uid, state, message, run=job.run, end_reason=reason, error=error)
+            end_run(session, job.uid, job.run, Ended(state, reason, message, error))
 
         await self._store.write(work)
+        self._lease.forget(job.uid)
         self._notifier.notify(job.uid, "scheduler")
 
     async def _expire(self) -> None:
-        for uid in await self._store.read(_over_time):
-            if await self._store.write(partial(wish_end, uid=uid, reason=EndReason.TIME_LIMIT)):
+        for uid, wish, reason in await self._store.read(expired):
+            if await self._store.write(partial(wish, uid=uid, reason=reason)):
                 self._notifier.notify(uid)
 
 
-def wish_end(session: Session, uid: str, reason: EndReason) -> bool:
-    """Record that a job should end; one that holds nothing ends at once. False where there is nothing to end."""
-    said = "time limit reached" if reason is EndReason.TIME_LIMIT else "cancelled by a user"
-    idle = [State.BLOCKED, State.QUEUED, State.PAUSED]
-    if records.move(
-        session, uid, State.CANCELLED, said, sources=idle, end_reason=reason, cancel_time=now(), cancel_reason=reason.value
-    ):
-        return True
-    job = session.get_one(Job, uid)
-    if State(job.state) not in ACTIVE or job.cancel_time is not None:
+def _last_reports(session: Session, jobs: Sequence[Job]) -> dict[tuple[str, int], datetime | None]:
+    query = select(JobRun).where(col(JobRun.job_uid).in_([job.uid for job in jobs]), col(JobRun.end_time).is_(None))
+    return {(run.job_uid, run.run): run.report_time for run in session.exec(query).all()}
+
+
+def _told_reasons(session: Session) -> dict[str, str]:
+    query = select(Job.uid, Job.queue_reason).where(Job.state == State.QUEUED.value)
+    return dict(session.exec(query).all())
+
+
+def _tell(session: Session, decision: Decision) -> bool:
+    job = session.get(Job, decision.uid)
+    if job is None or job.state != State.QUEUED or job.queue_reason == decision.reason:
         return False
-    event = job_pb2.JOB_EVENT_TYPE_CANCEL_REQUESTED
-    return records.add_event(session, uid, event, said, run=job.run, cancel_time=now(), cancel_reason=reason.value)
-
-
-def _active(session: Session) -> Sequence[Job]:
-    return session.exec(select(Job).where(col(Job.state).in_([state.value for state in ACTIVE]))).all()
-
-
-def _queue(session: Session) -> tuple[Sequence[Job], Demand]:
-    queued = session.exec(select(Job).where(Job.state == State.QUEUED.value)).all()
-    held = Demand()
-    for job in _active(session):
-        held = held + Demand(job.cpus, job.gpus)
-    for endpoint in session.exec(select(tables.Endpoint)).all():
-        held = held + Demand(endpoint.cpus, endpoint.gpus)
-    return queued, held
-
-
-def _over_time(session: Session) -> list[str]:
-    limited = session.exec(
-        select(Job).where(
-            col(Job.state).in_([state.value for state in ACTIVE]),
-            col(Job.time_limit_seconds).is_not(None),
-            col(Job.cancel_time).is_(None),
-            col(Job.start_time).is_not(None),
-        )
-    ).all()
-    moment = now()
-    return [job.uid for job in limited if moment > _deadline(job)]
-
-
-def _deadline(job: Job) -> datetime:
-    return (job.start_time or now()) + timedelta(seconds=job.time_limit_seconds or 0)
+    said = f"waits for {decision.reason}"
+    return records.add_event(session, job.uid, job_pb2.JOB_EVENT_TYPE_WAITING, said, run=job.run, queue_reason=decision.reason)
 
 
 def _begin_run(session: Session, decision: Decision) -> Job | None:
     job = session.get_one(Job, decision.uid)
-    run = job.run + 1
-    message = f"run {run} started: {decision.reason}"
-    if not records.move(
-        session, decision.uid, State.STARTING, message, sources=[State.QUEUED], run=job.run, next_run=run, progress={}, error={}
-    ):
+    if job.pause_time is not None:
         return None
-    session.add(JobRun(job_uid=decision.uid, run=run, submission_id=submission_id(decision.uid, run), create_time=now()))
+    run = job.run + 1
+    held = shape_of(job.shape, Demand(job.cpus, job.gpus)).total(decision.workers)
+    point = latest_checkpoint(session, job.uid)
+    moved = records.move(
+        session,
+        decision.uid,
+        State.STARTING,
+        f"run {run} started: {decision.reason}",
+        sources=[State.QUEUED],
+        run=job.run,
+        next_run=run,
+        progress={},
+        error={},
+        cpus=held.cpus,
+        gpus=held.gpus,
+        queue_reason="",
+        not_before=None,
+    )
+    if not moved:
+        return None
+    session.add(
+        JobRun(
+            job_uid=decision.uid,
+            run=run,
+            submission_id=submission_id(decision.uid, run),
+            create_time=now(),
+            workers=decision.workers,
+            resumed_step=point.step if point is not None else 0,
+            cpus=held.cpus,
+            gpus=held.gpus,
+        )
+    )
     session.flush()
     session.expire_all()
     return session.get_one(Job, decision.uid)

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from sqlalchemy import CursorResult, update
-from sqlmodel import Session, col
+from sqlmodel import Session, col, select
 
-from coordinator.jobs.states import SOURCES, TERMINAL, EndReason, State
-from coordinator.store.tables import Job, JobEvent, JobRun, now
+from coordinator.jobs.states import ACTIVE, SOURCES, TERMINAL, EndReason, State
+from coordinator.store.tables import Job, JobDependency, JobEvent, JobRun, now
 from luthier.v1 import job_pb2
 
 MAX_MESSAGE = 2000
@@ -40,11 +40,15 @@ def move(
     sources: Iterable[State] | None = None,
     end_reason: EndReason = EndReason.UNSPECIFIED,
     next_run: int | None = None,
+    run_end_reason: EndReason | None = None,
+    run_error: dict[str, Any] | None = None,
     **values: Any,
 ) -> bool:
     """Move a job to another state, if it is in one that allows it (or in one of `sources`) and, where given, in this run.
 
-    `next_run` begins a new run with the move.
+    `next_run` begins a new run with the move. A move to a state in which no run is under way ends the job's run, for
+    `run_end_reason` (the job's `end_reason` where absent) and with `run_error`. A job that ends lets those that follow it go on,
+    or ends them too.
 
     Returns False and changes nothing where somebody was faster.
     """
@@ -58,12 +62,38 @@ def move(
     if to in TERMINAL:
         values |= {"end_reason": end_reason.value, "end_time": now()}
     moved = _advance(session, where, job_pb2.JOB_EVENT_TYPE_STATE_CHANGED, message, values)
+    if moved and to not in ACTIVE:
+        _end_run(session, uid, run_end_reason or end_reason, run_error or {})
     if moved and to in TERMINAL:
-        job_run = session.get(JobRun, (uid, run if run is not None else session.get_one(Job, uid).run))
-        if job_run is not None:
-            job_run.end_time = now()
-            session.add(job_run)
+        _release(session, uid, to)
     return moved
+
+
+def _end_run(session: Session, uid: str, reason: EndReason, error: dict[str, Any]) -> None:
+    job = session.get_one(Job, uid)
+    job_run = session.get(JobRun, (uid, job.run))
+    if job_run is not None and job_run.end_time is None:
+        job_run.end_reason, job_run.error = reason.value, error
+        job_run.end_time = now()
+        session.add(job_run)
+        session.flush()
+
+
+def _release(session: Session, uid: str, ended: State) -> None:
+    """Let the jobs that follow one go on, or end them where it did not succeed."""
+    followers = session.exec(select(JobDependency.job_uid).where(JobDependency.after_uid == uid)).all()
+    for follower in followers:
+        if ended is not State.SUCCEEDED:
+            said = f"{session.get_one(Job, uid).job_id}, which it was to follow, ended {ended.value}"
+            move(session, follower, State.CANCELLED, said, sources=[State.BLOCKED], end_reason=EndReason.DEPENDENCY)
+        elif not waits_for(session, follower):
+            move(session, follower, State.QUEUED, "all jobs that it follows have succeeded", sources=[State.BLOCKED])
+
+
+def waits_for(session: Session, uid: str) -> list[Job]:
+    """The jobs that a job follows and that have not succeeded yet, oldest first."""
+    query = select(Job).join(JobDependency, col(Job.uid) == col(JobDependency.after_uid)).where(JobDependency.job_uid == uid)
+    return list(session.exec(query.where(Job.state != State.SUCCEEDED.value).order_by(col(Job.create_time))).all())
 
 
 def _advance(

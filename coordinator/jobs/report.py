@@ -8,12 +8,13 @@ from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 from sqlalchemy import update
-from sqlmodel import Session, col
+from sqlmodel import Session, col, select
 
 from common.errors import FailedPrecondition, PermissionDenied
 from common.names import parse_version_ref
 from coordinator import messages, registry
 from coordinator.jobs import records
+from coordinator.jobs.ending import Ended, end_run
 from coordinator.jobs.states import ACTIVE, TERMINAL, EndReason, State
 from coordinator.jobs.tokens import claim_token, sha256
 from coordinator.store import tables
@@ -23,6 +24,16 @@ from luthier.v1 import job_pb2, model_pb2
 
 MAX_LOG_LINE = 8000
 """Characters of a log line that are kept."""
+
+CHECKPOINTS_KEPT = 2
+"""Checkpoints of a run that its ranks keep where the job names no number (see CheckpointPolicy in training.proto)."""
+
+
+STOPPED_FROM_OUTSIDE = {
+    "code": "STOPPED_FROM_OUTSIDE",
+    "message": "a signal stopped the run that nobody asked for here; its node is going down, or somebody stopped the Ray job",
+    "source": "driver",
+}
 
 
 def claim(session: Session, stack_secret: str, request: agent_pb2.ClaimRunRequest) -> tables.Job:
@@ -54,6 +65,9 @@ def claim(session: Session, stack_secret: str, request: agent_pb2.ClaimRunReques
             start_time=job.start_time or now(),
         )
         job = session.get_one(tables.Job, request.job_uid)
+        if job.pause_time is not None:
+            records.move(session, job.uid, State.PAUSING, "to be paused, as was asked before it began", run=request.run)
+            job = session.get_one(tables.Job, request.job_uid)
     return job
 
 
@@ -133,11 +147,16 @@ def _apply_one(session: Session, request: agent_pb2.ReportRequest, report: agent
                 create_time=now(),
             )
         )
+        _forget_collected(session, uid, run)
         message = f"checkpoint at step {point.step} published ({point.size_bytes / 1e6:.1f} MB)"
         records.add_event(session, uid, job_pb2.JOB_EVENT_TYPE_CHECKPOINT, message, run=run)
     elif kind == "engine":
         result = dict(session.get_one(tables.Job, uid).result)
         records.set_unnumbered(session, uid, run, result=result | {"engine": messages.document(report.engine)})
+        session.expire_all()
+    elif kind == "partial":
+        result = messages.document(report.partial) | dict(session.get_one(tables.Job, uid).result)
+        records.set_unnumbered(session, uid, run, result=result)
         session.expire_all()
     elif kind == "trial":
         _set_trial(session, uid, run, report)
@@ -149,6 +168,18 @@ def _apply_one(session: Session, request: agent_pb2.ReportRequest, report: agent
         session.flush()
     elif kind == "outcome" and source == "driver":
         end(session, uid, run, report.outcome)
+
+
+def _forget_collected(session: Session, uid: str, run: int) -> None:
+    """Take the checkpoints out of the records that the run's own ranks have deleted: all but the latest few of the run."""
+    job = session.get_one(tables.Job, uid)
+    keep = int(job.spec.get("checkpoints", {}).get("keep", CHECKPOINTS_KEPT))
+    session.flush()
+    point = tables.Checkpoint
+    query = select(point).where(point.job_uid == uid, point.run == run).order_by(col(point.step).desc()).offset(keep)
+    for old in session.exec(query).all():
+        session.delete(old)
+    session.flush()
 
 
 def _add_log(session: Session, uid: str, run: int, source: str, report: agent_pb2.Report) -> None:
@@ -190,7 +221,7 @@ def _set_trial(session: Session, uid: str, run: int, report: agent_pb2.Report) -
 
 
 def end(session: Session, uid: str, run: int, outcome: agent_pb2.OutcomeReport) -> bool:
-    """End a run's job as its outcome says, registering what it made, all in one. False where it has ended already."""
+    """End a run as its outcome says, registering what it made, all in one. False where it has ended already."""
     job = session.get_one(tables.Job, uid)
     state = State(job_pb2.JobState.Name(outcome.state).removeprefix("JOB_STATE_"))
     reason = EndReason.of(outcome.end_reason)
@@ -200,13 +231,28 @@ def end(session: Session, uid: str, run: int, outcome: agent_pb2.OutcomeReport) 
         error = over_time(job)
     elif state is State.FAILED:
         error = root_cause(session.get_one(tables.JobRun, (uid, run)).failures, error)
+    if state is State.PAUSED and job.cancel_time is not None:
+        # It saved and stopped, and in the meantime somebody wanted more than that.
+        state, reason, error = as_wished(job)
+    elif state is State.CANCELLED and job.cancel_time is None:
+        # A signal reached it that was none of ours, or one that we sent because it had not been heard of.
+        state, reason, error = State.FAILED, EndReason.AGENT_LOST, dict(STOPPED_FROM_OUTSIDE)
     if state is State.SUCCEEDED and outcome.HasField("model"):
         row = _register(session, job, run, outcome)
         result["model_version"] = f"{row.model_id}@{row.version}"
     said = {State.SUCCEEDED: "succeeded", State.CANCELLED: "cancelled"}.get(state, error.get("message", "failed"))
     if "model_version" in result and state is State.SUCCEEDED:
         said += f": {result['model_version']} registered"
-    return records.move(session, uid, state, said, run=run, end_reason=reason, result=result, error=error)
+    if state is State.SUCCEEDED and reason is EndReason.BUDGET:
+        said += ", with what it had learned when its budget was spent"
+    return end_run(session, uid, run, Ended(state, reason, said, error, result))
+
+
+def as_wished(job: tables.Job) -> tuple[State, EndReason, dict[str, Any]]:
+    """How a job ends that was told to."""
+    if job.cancel_reason == EndReason.TIME_LIMIT:
+        return State.FAILED, EndReason.TIME_LIMIT, over_time(job)
+    return State.CANCELLED, EndReason(job.cancel_reason), {}
 
 
 def over_time(job: tables.Job) -> dict[str, Any]:

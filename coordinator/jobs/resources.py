@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from coordinator.scheduling.model import Demand
+from typing import Any
+
+from coordinator.scheduling.model import Demand, Shape
 from luthier.v1 import job_pb2, training_pb2
 
 DRIVER_CPUS = 0.25
@@ -31,22 +33,42 @@ def fill_in(job: job_pb2.Job, cluster_has_gpus: bool) -> None:
         job.sweep.max_concurrent_trials = job.sweep.max_concurrent_trials or 1
 
 
-def demand(job: job_pb2.Job) -> Demand:
-    """All that a job, with its defaults filled in, holds at a time."""
+def shape(job: job_pb2.Job) -> Shape:
+    """What a job, with its defaults filled in, holds at a time, and which parts of it have to lie on one node each."""
     kind = job.WhichOneof("spec")
     driver = Demand(DRIVER_CPUS)
     if kind == "finetune":
-        return driver + _at_least_an_evaluation(_workers(job.finetune))
+        spec = job.finetune
+        worker, most = _worker(spec), spec.workers
+        least = min(spec.min_workers, most) if spec.HasField("min_workers") else most
+        # Scoring takes the place of the workers, and a whole CPU at least.
+        missing = max(0.0, EVALUATION_CPUS - worker.times(least).cpus)
+        return Shape(driver + Demand(missing), worker, most, least)
     if kind == "sweep":
-        return driver + (Demand(TRIAL_CPUS) + _workers(job.sweep.finetune)).times(job.sweep.max_concurrent_trials)
+        trials = job.sweep.max_concurrent_trials
+        workers = job.sweep.finetune.workers * trials
+        return Shape(driver + Demand(TRIAL_CPUS).times(trials), _worker(job.sweep.finetune), workers, workers)
     if kind == "evaluate":
-        return driver + Demand(EVALUATION_CPUS)
-    return driver
+        return Shape(driver, Demand(EVALUATION_CPUS), 1, 1)
+    return Shape(driver)
 
 
-def _workers(spec: training_pb2.FinetuneSpec) -> Demand:
-    return Demand(spec.worker_resources.cpus, spec.worker_resources.gpus).times(spec.workers)
+def shape_document(shape: Shape) -> dict[str, Any]:
+    """A shape as the store keeps it."""
+    return {
+        "driver": [shape.driver.cpus, shape.driver.gpus],
+        "worker": [shape.worker.cpus, shape.worker.gpus],
+        "most": shape.most,
+        "least": shape.least,
+    }
 
 
-def _at_least_an_evaluation(workers: Demand) -> Demand:
-    return Demand(max(workers.cpus, EVALUATION_CPUS), workers.gpus)
+def shape_of(document: dict[str, Any], total: Demand) -> Shape:
+    """Read what `shape_document` wrote. A job that was recorded before shapes were holds its total in one piece."""
+    if not document:
+        return Shape(total)
+    return Shape(Demand(*document["driver"]), Demand(*document["worker"]), document["most"], document["least"])
+
+
+def _worker(spec: training_pb2.FinetuneSpec) -> Demand:
+    return Demand(spec.worker_resources.cpus, spec.worker_resources.gpus)

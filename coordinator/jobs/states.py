@@ -40,9 +40,9 @@ MOVES = MappingProxyType(
     {
         State.BLOCKED: frozenset({State.QUEUED, State.CANCELLED}),
         State.QUEUED: frozenset({State.STARTING, State.CANCELLED}),
-        State.STARTING: frozenset({State.RUNNING, State.QUEUED, State.FAILED, State.CANCELLED}),
+        State.STARTING: frozenset({State.RUNNING, State.QUEUED, State.PAUSED, State.FAILED, State.CANCELLED}),
         State.RUNNING: frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED, State.PAUSING, State.QUEUED}),
-        State.PAUSING: frozenset({State.PAUSED, State.QUEUED, State.FAILED, State.CANCELLED}),
+        State.PAUSING: frozenset({State.PAUSED, State.QUEUED, State.SUCCEEDED, State.FAILED, State.CANCELLED}),
         State.PAUSED: frozenset({State.QUEUED, State.CANCELLED}),
         State.SUCCEEDED: frozenset(),
         State.FAILED: frozenset(),
@@ -76,6 +76,9 @@ class EndReason(StrEnum):
     ERROR = "ERROR"
     AGENT_LOST = "AGENT_LOST"
     LAUNCH_FAILED = "LAUNCH_FAILED"
+    DEPENDENCY = "DEPENDENCY"
+    PREEMPTED = "PREEMPTED"
+    HANG = "HANG"
 
     @property
     def proto(self) -> job_pb2.EndReason.ValueType:

@@ -17,6 +17,7 @@ METHOD = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 SCHEDULERS = ("linear", "cosine", "constant")
 MAX_WORKERS = 4096
 MAX_TRIALS = 1000
+MAX_AFTER = 100
 METRICS = ("eval_loss", "accuracy", "macro_f1")
 
 
@@ -59,17 +60,8 @@ def validate(job: job_pb2.Job, methods: frozenset[str] | None = None) -> None:
     if kind is None:
         raise InvalidArgument.of([Violation("job", f"say what to do: exactly one of {', '.join(KINDS)}")])
     bad.check(job.kind in ("", kind), "job.kind", f"{job.kind!r} but the spec given is {kind!r}")
-    bad.check(-100 <= job.priority <= 100, "job.priority", f"{job.priority} is not between -100 and 100")
-    bad.check(len(job.display_name) <= 200, "job.display_name", "longer than 200 characters")
-    bad.check(len(job.labels) <= 64, "job.labels", "more than 64 labels")
-    for label, value in job.labels.items():
-        bad.check(
-            bool(re.fullmatch(r"[\w./-]{1,63}", label)) and len(value) <= 255,
-            f"job.labels.{label[:63]}",
-            "a label's key is 1 to 63 letters, digits, '.', '/', '_' or '-'; its value at most 255 characters",
-        )
-    if job.HasField("time_limit"):
-        bad.check(_seconds(job.time_limit) > 0, "job.time_limit", "not above zero")
+    terms(bad, job)
+    bad.check(len(job.after) <= MAX_AFTER, "job.after", f"more than {MAX_AFTER} jobs")
     if kind == "finetune":
         finetune(bad, job.finetune, "job.finetune", methods)
     elif kind == "sweep":
@@ -83,6 +75,32 @@ def validate(job: job_pb2.Job, methods: frozenset[str] | None = None) -> None:
         raise InvalidArgument.of(bad)
 
 
+def terms(bad: Violations, job: job_pb2.Job) -> None:
+    """Check what may be changed later too: priority, names, time limit, retry policy and budget."""
+    bad.check(-100 <= job.priority <= 100, "job.priority", f"{job.priority} is not between -100 and 100")
+    bad.check(len(job.display_name) <= 200, "job.display_name", "longer than 200 characters")
+    bad.check(len(job.labels) <= 64, "job.labels", "more than 64 labels")
+    for label, value in job.labels.items():
+        bad.check(
+            bool(re.fullmatch(r"[\w./-]{1,63}", label)) and len(value) <= 255,
+            f"job.labels.{label[:63]}",
+            "a label's key is 1 to 63 letters, digits, '.', '/', '_' or '-'; its value at most 255 characters",
+        )
+    if job.HasField("time_limit"):
+        bad.check(_seconds(job.time_limit) > 0, "job.time_limit", "not above zero")
+    bad.number(job.retry, "max_retries", "job.retry", least=0, most=100)
+    bad.number(job.budget, "cpu_seconds", "job.budget", above=0)
+    bad.number(job.budget, "gpu_seconds", "job.budget", above=0)
+
+
+def own_terms(job: job_pb2.Job) -> None:
+    """Raise InvalidArgument naming every bad field of those that may be changed later."""
+    bad = Violations()
+    terms(bad, job)
+    if bad:
+        raise InvalidArgument.of(bad)
+
+
 def finetune(bad: Violations, spec: training_pb2.FinetuneSpec, path: str, methods: frozenset[str] | None) -> None:
     """Check a fine-tune."""
     bad.check(bool(spec.base), f"{path}.base", "missing: builtin:tiny, a model version (name@3), a hub id (org/name) or a path")
@@ -92,6 +110,7 @@ def finetune(bad: Violations, spec: training_pb2.FinetuneSpec, path: str, method
     bad.check(good, f"{path}.method", f"{spec.method[:80]!r} is not a method{known}" if spec.method else f"missing{known}")
     model_id(bad, spec.output_model, f"{path}.output_model")
     bad.check(0 <= spec.workers <= MAX_WORKERS, f"{path}.workers", f"{spec.workers} is not between 1 and {MAX_WORKERS}")
+    bad.number(spec, "min_workers", path, least=1, most=max(spec.workers, 1))
     hyperparameters(bad, spec.hyperparameters, f"{path}.hyperparameters")
     bad.number(spec.lora, "rank", f"{path}.lora", least=1, most=1024)
     bad.number(spec.lora, "alpha", f"{path}.lora", above=0)

@@ -2,61 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
-
-from coordinator.scheduling.model import Demand
+from coordinator.scheduling.model import Decision, Demand, Plan, Situation
 
 
-@dataclass(frozen=True)
-class Waiting:
-    """A queued job."""
-
-    uid: str
-    priority: int
-    since: datetime
-    demand: Demand
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What becomes of a queued job, and why. `position` is its place in the queue, 1 for the next."""
-
-    uid: str
-    start: bool
-    position: int
-    reason: str
-
-
-def plan(queue: Sequence[Waiting], held: Demand, capacity: Demand | None) -> list[Decision]:
-    """Decide for every queued job, in the order of the queue: priority first, then age.
-
-    A job starts with all it needs or not at all. The first job that has to wait for others holds its place: nothing behind it
-    starts, so that a large job is not starved by small ones. A job that the cluster could never hold waits beside the queue.
-    `capacity` is None while the cluster does not answer.
-    """
+def plan(situation: Situation) -> Plan:
+    """Decide."""
+    nodes = situation.nodes
+    capacity = sum((node.total for node in nodes), Demand()) if nodes is not None else None
+    held = sum((holding.held for holding in situation.holding), Demand())
     free = (capacity - held) if capacity is not None else Demand()
     head_waits = False
     decisions = []
     position = 0
-    for job in sorted(queue, key=lambda job: (-job.priority, job.since, job.uid)):
+    for job in sorted(situation.queue, key=lambda job: (-job.priority, job.since, job.uid)):
+        need = job.shape.total()
         if capacity is None:
             position += 1
             decisions.append(Decision(job.uid, False, position, "the Ray cluster to answer"))
-        elif not job.demand.fits(capacity):
-            reason = f"a larger cluster: needs {job.demand}, the cluster has {capacity}"
+        elif job.not_before > situation.now:
+            decisions.append(Decision(job.uid, False, position + 1, "its pause after a fault"))
+        elif not need.fits(capacity):
+            reason = f"a larger cluster: needs {need}, the cluster has {capacity}"
             decisions.append(Decision(job.uid, False, position + 1, reason))
         elif head_waits:
             position += 1
             decisions.append(Decision(job.uid, False, position, "its turn: jobs ahead of it in the queue"))
-        elif job.demand.fits(free):
-            free = free - job.demand
-            decisions.append(Decision(job.uid, True, 0, f"{job.demand} are free"))
+        elif need.fits(free):
+            free = free - need
+            decisions.append(Decision(job.uid, True, 0, f"{need} are free", job.shape.most))
         else:
             head_waits = True
             position += 1
             decisions.append(
-                Decision(job.uid, False, position, f"{job.demand}; {max(free.cpus, 0):g} CPUs and {free.gpus:g} GPUs are free")
+                Decision(job.uid, False, position, f"{need}; {max(free.cpus, 0):g} CPUs and {free.gpus:g} GPUs are free")
             )
-    return decisions
+    return Plan(decisions)

@@ -126,7 +126,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         response.ray.connected = capacity is not None
         response.ray.error = self._reconciler.cluster_error
         if capacity is not None:
-            response.ray.nodes = capacity.nodes
+            response.ray.nodes = len(capacity.nodes)
             response.ray.cpus, response.ray.gpus = capacity.total.cpus, capacity.total.gpus
             response.ray.cpus_free = max(capacity.total.cpus - held.cpus, 0)
             response.ray.gpus_free = max(capacity.total.gpus - held.gpus, 0)

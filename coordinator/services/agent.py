@@ -6,14 +6,20 @@ from google.protobuf.json_format import ParseDict
 
 from coordinator import messages
 from coordinator.jobs import report
+from coordinator.jobs.ending import checkpoints
 from coordinator.jobs.states import TERMINAL, EndReason, State
 from coordinator.notify import Notifier
 from coordinator.services.principal import Context
+from coordinator.store import tables
 from coordinator.store.database import Store
 from luthier.agent.v1 import agent_pb2, agent_pb2_grpc
+from luthier.v1 import job_pb2
 
 REPORT_INTERVAL = 0.5
 """Seconds between the reports of a process."""
+
+RESUME_CHOICES = 3
+"""Checkpoints that a run is offered to go on from, should the furthest be damaged."""
 
 
 class AgentService(agent_pb2_grpc.AgentServiceServicer):
@@ -36,6 +42,11 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
             report_interval=REPORT_INTERVAL,
             labels=row.inputs.get("labels", []),
         )
+        points = await self._store.read(lambda session: checkpoints(session, row.uid, RESUME_CHOICES))
+        response.resume_from.extend(messages.checkpoint(row, point) for point in points)
+        if row.kind == "finetune":
+            job_run = await self._store.read(lambda session: session.get_one(tables.JobRun, (row.uid, row.run)))
+            response.job.finetune.workers = job_run.workers or response.job.finetune.workers
         for role, artifact in row.inputs.get("artifacts", {}).items():
             ParseDict(artifact, response.inputs[role])
         return response
@@ -48,7 +59,17 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
             if State(row.state) in TERMINAL:
                 self._notifier.notify("scheduler")
         response = agent_pb2.ReportResponse(acknowledged=last)
-        if row.cancel_time is not None:
-            response.wish = agent_pb2.WISH_CANCEL
-            response.wish_reason = EndReason(row.cancel_reason).proto
+        response.wish, response.wish_reason = wish_of(row)
         return response
+
+
+def wish_of(job: tables.Job) -> tuple[agent_pb2.Wish.ValueType, job_pb2.EndReason.ValueType]:
+    """What an agent should do, and why; the strongest of what is wished."""
+    for wish, moment, reason in (
+        (agent_pb2.WISH_CANCEL, job.cancel_time, job.cancel_reason),
+        (agent_pb2.WISH_PAUSE, job.pause_time, job.pause_reason),
+        (agent_pb2.WISH_FINISH, job.finish_time, job.finish_reason),
+    ):
+        if moment is not None:
+            return wish, EndReason(reason).proto
+    return agent_pb2.WISH_UNSPECIFIED, job_pb2.END_REASON_UNSPECIFIED

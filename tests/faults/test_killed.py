@@ -18,9 +18,10 @@ from tests.support.stack import Stack, spec, wait_for
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 RUNNING = (job_pb2.JOB_STATE_RUNNING,)
 DOWN_SECONDS = 20.0
+KEPT_BY_RAY = "_AutoscalingCoordinatorActor"
 
 
-def training(steps: int, workers: int = 1, **more: object) -> job_pb2.Job:
+def training(steps: int, workers: int = 1, save_every: int = 0, **more: object) -> job_pb2.Job:
     return spec(
         {
             "finetune": {
@@ -29,6 +30,7 @@ def training(steps: int, workers: int = 1, **more: object) -> job_pb2.Job:
                 "method": "full",
                 "workers": workers,
                 "hyperparameters": {"max_steps": steps, "batch_size": 8},
+                "checkpoints": {"every_steps": save_every},
                 "evaluation": {"disabled": True},
             },
             **more,
@@ -37,11 +39,11 @@ def training(steps: int, workers: int = 1, **more: object) -> job_pb2.Job:
 
 
 def processes_of(stack: Stack, job: job_pb2.Job) -> list[psutil.Process]:
-    """The driver of a job and the workers of its ranks."""
+    """The driver of a job and the workers of its ranks, without what Ray Train starts once for the whole cluster and keeps."""
     found = []
     for process in stack.processes():
         try:
-            if process.environ().get("LUTHIER_JOB_UID") == job.uid:
+            if process.environ().get("LUTHIER_JOB_UID") == job.uid and KEPT_BY_RAY not in " ".join(process.cmdline()):
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
@@ -97,7 +99,7 @@ def test_a_coordinator_killed_in_training_finds_the_same_run_again(prepared: Sta
 
 
 def test_an_agent_that_is_killed_fails_its_job_and_frees_its_place(prepared: Stack, client: Client) -> None:
-    job = client.create_job(training(steps=5000))
+    job = client.create_job(training(steps=5000, retry={"max_retries": 0}))
     wait_for(client, job.name, RUNNING, step=1)
     driver_of(prepared, job).kill()
     done = wait_for(client, job.name)
@@ -106,10 +108,9 @@ def test_an_agent_that_is_killed_fails_its_job_and_frees_its_place(prepared: Sta
     wait_until(lambda: not processes_of(prepared, job))
 
 
-def test_a_killed_rank_is_named_as_the_one_that_failed_first(prepared: Stack, client: Client) -> None:
-    job = client.create_job(training(steps=5000, workers=2))
-    running = wait_for(client, job.name, RUNNING, step=1)
-    assert running.finetune.workers == 2
+def test_a_killed_rank_is_named_and_the_next_run_goes_on_from_the_last_checkpoint(prepared: Stack, client: Client) -> None:
+    job = client.create_job(training(steps=60, workers=2, save_every=10))
+    wait_for(client, job.name, RUNNING, step=15)
     driver = driver_of(prepared, job).pid
     ranks = [
         process
@@ -119,10 +120,36 @@ def test_a_killed_rank_is_named_as_the_one_that_failed_first(prepared: Stack, cl
     assert len(ranks) == 2
     ranks[1].kill()
     done = wait_for(client, job.name)
-    assert done.state == job_pb2.JOB_STATE_FAILED
-    assert done.error.code == "WORKER_LOST"
-    assert done.error.source in ("rank-0", "rank-1")
-    assert "died" in done.error.message
+    assert done.state == job_pb2.JOB_STATE_SUCCEEDED, done.error
+    assert (done.run, done.attempt) == (2, 1)
+    first, second = done.runs
+    assert first.error.code == "WORKER_LOST"
+    assert first.error.source in ("rank-0", "rank-1")
+    assert "died" in first.error.message
+    assert first.end_reason == job_pb2.END_REASON_NODE_LOST
+    # At most one checkpoint interval is lost, and no step is missing from the curve.
+    assert second.resumed_step >= 10
+    points = client.jobs.ListJobMetrics(job_pb2.ListJobMetricsRequest(parent=job.name)).points
+    assert min(point.step for point in points if point.run == 2) == second.resumed_step + 1
+    assert {point.step for point in points if "loss" in point.values} == set(range(1, 61))
+
+
+def test_a_more_urgent_job_takes_the_place_of_one_that_saves_and_comes_back(prepared: Stack, client: Client) -> None:
+    job = client.create_job(training(steps=80, workers=3))
+    wait_for(client, job.name, RUNNING, step=5)
+    urgent = client.create_job(training(steps=3, workers=3, priority=50))
+    done = wait_for(client, urgent.name)
+    assert done.state == job_pb2.JOB_STATE_SUCCEEDED, done.error
+    done = wait_for(client, job.name)
+    assert done.state == job_pb2.JOB_STATE_SUCCEEDED, done.error
+    assert (done.run, done.attempt) == (2, 0)
+    first, second = done.runs
+    assert first.end_reason == job_pb2.END_REASON_PREEMPTED
+    points = client.jobs.ListJobMetrics(job_pb2.ListJobMetricsRequest(parent=job.name)).points
+    steps = [point.step for point in points if "loss" in point.values]
+    # It saved at the very step at which it stopped: none is missing, none was done twice.
+    assert sorted(steps) == list(range(1, 81))
+    assert second.resumed_step == max(point.step for point in points if point.run == 1)
 
 
 def test_a_running_job_is_cancelled_and_its_processes_end(prepared: Stack, client: Client) -> None:

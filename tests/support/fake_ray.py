@@ -6,7 +6,7 @@ from typing import Any
 
 from common.errors import Unavailable
 from coordinator.cluster.ray_cluster import Capacity, Submission
-from coordinator.scheduling.model import Demand
+from coordinator.scheduling.model import Demand, Node
 
 
 class FakeRay:
@@ -31,7 +31,7 @@ class FakeRay:
 
     def capacity(self) -> Capacity:
         self._answer()
-        return Capacity(1, Demand(self.cpus, 0.0))
+        return Capacity((Node("only", Demand(self.cpus, 0.0)),))
 
     def submit(self, submission_id: str, entrypoint: str, env: dict[str, str]) -> bool:
         self._answer()

@@ -195,6 +195,24 @@ class Jobs(Service, job_pb2_grpc.JobServiceServicer):
         self.fake.emit(job, job_pb2.JOB_STATE_CANCELLED, "cancelled")
         return job_pb2.CancelJobResponse(job=job)
 
+    def PauseJob(self, request: Any, context: Any) -> Any:
+        self.fake.enter(context, "PauseJob", request)
+        job = self.fake.find(context, self.fake.jobs, request.name)
+        self.fake.emit(job, job_pb2.JOB_STATE_PAUSING, "pause asked for by a user")
+        return job_pb2.PauseJobResponse(job=job)
+
+    def ResumeJob(self, request: Any, context: Any) -> Any:
+        self.fake.enter(context, "ResumeJob", request)
+        job = self.fake.find(context, self.fake.jobs, request.name)
+        self.fake.emit(job, job_pb2.JOB_STATE_QUEUED, "resumed by a user")
+        return job_pb2.ResumeJobResponse(job=job)
+
+    def UpdateJob(self, request: Any, context: Any) -> Any:
+        self.fake.enter(context, "UpdateJob", request)
+        job = self.fake.find(context, self.fake.jobs, request.job.name)
+        request.update_mask.MergeMessage(request.job, job, replace_message_field=True)
+        return job_pb2.UpdateJobResponse(job=job)
+
     def WatchJob(self, request: Any, context: Any) -> Iterator[Any]:
         fake = self.fake
         fake.enter(context, "WatchJob", request)

@@ -1,8 +1,9 @@
 """Runs a list of fine-tunes in several processes over gloo, as torchrun would start them: `python training_ranks.py PLAN RANK`.
 
-The plan is JSON: {port, world_size, base, data, out, runs: [{name, spec, storage?, nodes?}]}. Rank 0 writes OUT/{name}.json
-after each run, with the losses of every step. With `nodes` every rank has a home of its own, as on a node of its own. All runs
-share the processes, because importing torch and DeepSpeed takes longer than training.
+The plan is JSON: {port, world_size, base, data, out, runs: [{name, spec, storage?, nodes?, resume?, pause_at?}]}. Rank 0 writes
+OUT/{name}.json after each run, with the losses of every step. With `nodes` every rank has a home of its own, as on a node of its
+own. `resume` is the URI of a checkpoint; after step `pause_at` a pause is wished. All runs share the processes, because importing
+torch and DeepSpeed takes longer than training.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ def _main(plan_path: str, rank: int) -> None:
     import torch.distributed as dist
 
     from agents.training import local
+    from agents.training.context import Wish
+    from common import manifest
     from luthier.v1 import job_pb2, training_pb2
 
     class Recorder(local.SilentReporter):
@@ -74,6 +77,12 @@ def _main(plan_path: str, rank: int) -> None:
     for run in plan["runs"]:
         recorder = Recorder()
         spec = json_format.ParseDict(run["spec"], training_pb2.FinetuneSpec())
+        resume = manifest.fetch(run["resume"]) if run.get("resume") else None
+        pause_at = run.get("pause_at", 0)
+
+        def wish(recorder: Recorder = recorder, pause_at: int = pause_at) -> Wish:
+            return Wish.PAUSE if pause_at and len(recorder.losses) >= pause_at else Wish.NONE
+
         node = f"node-{rank}" if run.get("nodes") else ""
         os.environ["LOCAL_RANK"] = "0" if node else str(rank)
         result = local.train_locally(
@@ -83,7 +92,9 @@ def _main(plan_path: str, rank: int) -> None:
             out / node / run["name"],
             use_gpu=False,
             run_uri=run.get("storage", ""),
+            resume_from=resume,
             reporter=recorder,
+            wish=wish,
         )
         if rank == 0:
             result |= {"losses": recorder.losses, "checkpoints": recorder.checkpoints}

@@ -18,7 +18,7 @@ from trl.trainer import utils as trl_utils
 
 from agents.training.callbacks import RunCallback
 from agents.training.config import TrainConfig
-from agents.training.context import TrainContext, TrainedModel
+from agents.training.context import TrainContext, TrainedModel, Wish
 from agents.training.data import Example, tokenise_split
 from agents.training.deepspeed_config import deepspeed_config
 from agents.training.distributed import sums
@@ -76,14 +76,16 @@ def run_sft(context: TrainContext, model_kind: str, peft_config: PeftConfig | No
         callback.hold_out(lambda: held_out_loss(trainer, held_out, context.use_gpu))
     context.phase("training", f"training {config.method} on {len(examples)} rows with {context.world_size} workers")
     started = time.monotonic()
-    trainer.train()
+    if context.resume_from is not None and context.is_main:
+        logger.info("going on from the checkpoint in %s", context.resume_from.name)
+    trainer.train(resume_from_checkpoint=str(context.resume_from) if context.resume_from is not None else None)
     seconds = time.monotonic() - started
     if callback.engine is None:
         raise InvalidArgument.of(
             [Violation("hyperparameters.epochs", "comes to no optimiser step at all; raise it or set max_steps")]
         )
     folder = context.output_dir / "model"
-    if not callback.stopped:
+    if callback.wish not in (Wish.END, Wish.PAUSE):
         context.phase("saving", "writing the trained model")
         save_model(trainer, tokenizer, folder, context.base_name, context.is_main)
     metrics = {
@@ -93,7 +95,7 @@ def run_sft(context: TrainContext, model_kind: str, peft_config: PeftConfig | No
         "train_seconds": seconds,
         "train_tokens_per_second": callback.tokens / max(seconds, 1e-9),
     }
-    return TrainedModel(model_kind, folder, trainer.state.global_step, metrics, callback.engine, callback.stopped)
+    return TrainedModel(model_kind, folder, trainer.state.global_step, metrics, callback.engine, callback.wish)
 
 
 def held_out_loss(trainer: Any, dataset: Dataset, use_gpu: bool) -> dict[str, float]:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 import grpc
+from google.protobuf.field_mask_pb2 import FieldMask
 
 from luthier.client.channel import open_channel
 from luthier.client.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, Unavailable
@@ -96,6 +97,24 @@ class Client:
     def cancel_job(self, name: str) -> job_pb2.Job:
         """Ask for a job to end and return it as it is now."""
         return self.jobs.CancelJob(job_pb2.CancelJobRequest(name=self.job_name(name))).job
+
+    def pause_job(self, name: str) -> job_pb2.Job:
+        """Ask for a job to save and give its place up, and return it as it is now."""
+        return self.jobs.PauseJob(job_pb2.PauseJobRequest(name=self.job_name(name))).job
+
+    def resume_job(self, name: str) -> job_pb2.Job:
+        """Queue a paused job again and return it as it is now."""
+        return self.jobs.ResumeJob(job_pb2.ResumeJobRequest(name=self.job_name(name))).job
+
+    def update_job(self, name: str, changes: job_pb2.Job, *fields: str, etag: str = "") -> job_pb2.Job:
+        """Change the named fields of a job (priority, labels, time_limit ...) to their values in `changes`, and return it.
+
+        Raises Aborted where `etag` is given and the job has changed since.
+        """
+        job = job_pb2.Job()
+        job.CopyFrom(changes)
+        job.name = self.job_name(name)
+        return self.jobs.UpdateJob(job_pb2.UpdateJobRequest(job=job, update_mask=FieldMask(paths=fields), etag=etag)).job
 
     def watch(self, name: str, after_sequence: int = 0) -> Iterator[job_pb2.WatchJobResponse]:
         """Yield a job's events after a number, each once and in order, with progress in between; end when the job has.

@@ -171,6 +171,12 @@ class _JobEventTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobEvent
     """A trial of a sweep changed."""
     JOB_EVENT_TYPE_WARNING: _JobEventType.ValueType  # 7
     """Something a person should know that changes no state."""
+    JOB_EVENT_TYPE_WAITING: _JobEventType.ValueType  # 8
+    """What it waits for changed."""
+    JOB_EVENT_TYPE_WISH: _JobEventType.ValueType  # 9
+    """Somebody, or the scheduler, asked for a pause, took it back, or asked it to finish early."""
+    JOB_EVENT_TYPE_UPDATED: _JobEventType.ValueType  # 10
+    """Its priority, time limit, retry policy, budget, labels or display name changed."""
 
 class JobEventType(_JobEventType, metaclass=_JobEventTypeEnumTypeWrapper):
     """JobEventType is what a numbered event tells."""
@@ -191,6 +197,12 @@ JOB_EVENT_TYPE_TRIAL: JobEventType.ValueType  # 6
 """A trial of a sweep changed."""
 JOB_EVENT_TYPE_WARNING: JobEventType.ValueType  # 7
 """Something a person should know that changes no state."""
+JOB_EVENT_TYPE_WAITING: JobEventType.ValueType  # 8
+"""What it waits for changed."""
+JOB_EVENT_TYPE_WISH: JobEventType.ValueType  # 9
+"""Somebody, or the scheduler, asked for a pause, took it back, or asked it to finish early."""
+JOB_EVENT_TYPE_UPDATED: JobEventType.ValueType  # 10
+"""Its priority, time limit, retry policy, budget, labels or display name changed."""
 Global___JobEventType: _TypeAlias = JobEventType  # noqa: Y015
 
 @_typing.final

@@ -50,6 +50,16 @@ def runs(work: Path) -> dict[str, dict[str, Any]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     kept = {"checkpoints": {"every_steps": 3, "keep": 1}}
+    halves = {"checkpoints": {"every_steps": 4, "keep": 2}}
+
+    def whole_and_resumed(name: str, method: str, stage: int) -> list[dict[str, Any]]:
+        storage = {part: (work / "storage" / f"{part}-{name}").as_uri() for part in ("whole", "resumed", "paused")}
+        spec = _spec(method, stage, **halves)
+        return [
+            {"name": f"whole-{name}", "spec": spec, "storage": storage["whole"]},
+            {"name": f"resumed-{name}", "spec": spec, "resume": f"{storage['whole']}/checkpoints/step-4"},
+        ]
+
     plan = {
         "port": port,
         "world_size": 2,
@@ -63,6 +73,11 @@ def runs(work: Path) -> dict[str, dict[str, Any]]:
             {"name": "lora2", "spec": _spec("lora", 2)},
             {"name": "lora3", "spec": _spec("lora", 3)},
             {"name": "bf16", "spec": _spec("full", 2, precision="PRECISION_BF16")},
+            *whole_and_resumed("zero2", "full", 2),
+            *whole_and_resumed("zero3", "full", 3),
+            *whole_and_resumed("lora2", "lora", 2),
+            {"name": "paused", "spec": _spec("full", 2), "storage": (work / "storage" / "paused").as_uri(), "pause_at": 3},
+            {"name": "again", "spec": _spec("full", 2), "resume": (work / "storage" / "paused").as_uri() + "/checkpoints/step-4"},
             {"name": "apart", "spec": _spec("full", 2, **kept), "storage": (work / "storage" / "apart").as_uri(), "nodes": True},
         ],
     }
@@ -163,3 +178,28 @@ def test_checkpoints_are_whole_and_only_the_latest_are_kept(
 
 def test_ranks_without_a_common_disk_learn_the_same(runs: dict[str, dict[str, Any]]) -> None:
     assert runs["apart"]["losses"] == pytest.approx(runs["zero2"]["losses"], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "lora2"])
+def test_a_run_that_goes_on_from_a_checkpoint_ends_as_one_that_was_never_interrupted(
+    runs: dict[str, dict[str, Any]], work: Path, name: str
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    whole, resumed = runs[f"whole-{name}"], runs[f"resumed-{name}"]
+    assert len(whole["losses"]) == STEPS
+    assert resumed["losses"] == pytest.approx(whole["losses"][4:], abs=1e-6)
+    file = "adapter_model.safetensors" if name == "lora2" else "model.safetensors"
+    reference, saved = (load_file(work / "out" / f"{part}-{name}" / file) for part in ("whole", "resumed"))
+    assert saved.keys() == reference.keys()
+    for weight, tensor in reference.items():
+        torch.testing.assert_close(saved[weight], tensor, atol=1e-6, rtol=0, msg=lambda text, weight=weight: f"{weight}: {text}")
+
+
+def test_a_pause_saves_at_the_next_step_and_nothing_is_lost(runs: dict[str, dict[str, Any]], work: Path) -> None:
+    paused, again = runs["paused"], runs["again"]
+    assert len(paused["losses"]) == 4
+    assert [uri.rpartition("/")[2] for uri in paused["checkpoints"]] == ["step-4"]
+    assert not (work / "out" / "paused").exists()
+    assert paused["losses"] + again["losses"] == pytest.approx(runs["zero2"]["losses"], abs=1e-6)

@@ -6,14 +6,16 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
-from sqlmodel import Session
+from sqlmodel import Session, col, select
 
 from coordinator.cluster.launcher import Launcher, submission_id
 from coordinator.cluster.ray_cluster import Submission
 from coordinator.jobs import reconcile, report
-from coordinator.jobs.reconcile import Reconciler, wish_end
+from coordinator.jobs.lease import SILENCE_SECONDS, Lease
+from coordinator.jobs.reconcile import Reconciler
 from coordinator.jobs.states import EndReason
 from coordinator.jobs.tokens import claim_token
+from coordinator.jobs.wishes import wish_end
 from coordinator.notify import Notifier
 from coordinator.store import tables
 from coordinator.store.database import Store
@@ -37,6 +39,26 @@ def loop(store: Store, ray: FakeRay) -> Reconciler:
 
 def secret_of(store: Store) -> str:
     return store.read_now(lambda session: session.get_one(tables.StackFact, "secret").value)
+
+
+ONCE = job_pb2.RetryPolicy(max_retries=0)
+
+
+def over(store: Store, job: tables.Job, **values: object) -> None:
+    """Write columns of a job over."""
+
+    def work(session: Session) -> None:
+        row = session.get_one(tables.Job, job.uid)
+        for name, value in values.items():
+            setattr(row, name, value)
+        session.add(row)
+
+    store.write_now(work)
+
+
+def events_of(store: Store, job: tables.Job) -> list[tables.JobEvent]:
+    query = select(tables.JobEvent).where(tables.JobEvent.job_uid == job.uid).order_by(col(tables.JobEvent.sequence))
+    return list(store.read_now(lambda session: session.exec(query).all()))
 
 
 def job_of(store: Store, job: tables.Job) -> tables.Job:
@@ -74,7 +96,7 @@ async def test_a_coordinator_that_died_before_submitting_submits_with_the_same_t
     job = new_job()
     ray.down = True
     loop._capacity = None
-    decision = reconcile.Decision(job.uid, True, 0, "fits")
+    decision = reconcile.Decision(job.uid, True, 0, "fits", 1)
     assert store.write_now(lambda session: reconcile._begin_run(session, decision)) is not None
     ray.down = False
     again = Reconciler(store, loop._launcher, Notifier())
@@ -89,7 +111,7 @@ async def test_a_coordinator_that_died_before_submitting_submits_with_the_same_t
 async def test_an_agent_that_dies_without_a_word_fails_the_job_with_its_last_lines(
     loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob
 ) -> None:
-    job = new_job()
+    job = new_job(retry=ONCE)
     await loop.round()
     claim(store, job)
     ray.jobs[submission_id(job.uid, 1)] = Submission("FAILED", "Job entrypoint command failed with exit code -9")
@@ -103,7 +125,7 @@ async def test_an_agent_that_dies_without_a_word_fails_the_job_with_its_last_lin
 async def test_a_rank_that_told_of_its_failure_is_the_cause_of_a_lost_agent(
     loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob
 ) -> None:
-    job = new_job()
+    job = new_job(retry=ONCE)
     await loop.round()
     claim(store, job)
     failure = agent_pb2.Report(sequence=1, failure=job_pb2.JobError(code="TRAINING_ERROR", message="division by zero"))
@@ -114,13 +136,80 @@ async def test_a_rank_that_told_of_its_failure_is_the_cause_of_a_lost_agent(
     assert job_of(store, job).error == {"code": "TRAINING_ERROR", "message": "division by zero", "source": "rank-1"}
 
 
-async def test_a_run_that_ray_forgot_is_failed(loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob) -> None:
+async def test_a_run_that_ray_forgot_is_tried_again(loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob) -> None:
     job = new_job()
     await loop.round()
     claim(store, job)
     ray.jobs.clear()
     await loop.round()
+    row = job_of(store, job)
+    assert (row.state, row.run, row.attempt) == ("QUEUED", 1, 1)
+    assert not ray.jobs
+    over(store, job, not_before=tables.now())
+    await loop.round()
+    assert list(ray.jobs) == [submission_id(job.uid, 2)]
+    assert (job_of(store, job).state, job_of(store, job).run) == ("STARTING", 2)
+
+
+async def test_a_run_that_ray_forgot_fails_for_good_after_its_last_retry(
+    loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob
+) -> None:
+    job = new_job(retry=ONCE)
+    await loop.round()
+    claim(store, job)
+    ray.jobs.clear()
+    await loop.round()
     assert (job_of(store, job).state, job_of(store, job).end_reason) == ("FAILED", "NODE_LOST")
+
+
+async def test_a_silent_agent_is_ended_by_our_own_clock(loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob) -> None:
+    clock = [0.0]
+    loop._lease = Lease(lambda: clock[0])
+    job = new_job()
+    await loop.round()
+    claim(store, job)
+    await loop.round()
+    # The wall clock of the store jumps by an hour: that alone ends nobody.
+    over(store, job, update_time=tables.now() - timedelta(hours=1))
+    clock[0] = SILENCE_SECONDS - 1
+    await loop.round()
+    assert ray.stopped == []
+    clock[0] = SILENCE_SECONDS + 1
+    await loop.round()
+    assert ray.stopped == [submission_id(job.uid, 1)]
+    await loop.round()
+    assert (job_of(store, job).state, job_of(store, job).attempt) == ("QUEUED", 1)
+
+
+async def test_an_agent_that_reports_keeps_its_lease(loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob) -> None:
+    clock = [0.0]
+    loop._lease = Lease(lambda: clock[0])
+    job = new_job()
+    await loop.round()
+    claim(store, job)
+    request = agent_pb2.ReportRequest(job_uid=job.uid, run=1, source="driver", session_secret=SECRET)
+    for _ in range(4):
+        clock[0] += SILENCE_SECONDS * 0.8
+        store.write_now(lambda session: report.apply(session, request))
+        await loop.round()
+    assert ray.stopped == []
+    assert job_of(store, job).state == "RUNNING"
+
+
+async def test_what_a_job_waits_for_is_told_once_and_again_when_it_changes(
+    loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob
+) -> None:
+    new_job(workers=3)
+    waiting = new_job(workers=3)
+    for _ in range(3):
+        await loop.round()
+    told = [event.message for event in events_of(store, waiting) if event.type == job_pb2.JOB_EVENT_TYPE_WAITING]
+    assert len(told) == 1
+    assert told[0].startswith("waits for 3.25 CPUs")
+    ray.cpus, loop._capacity_until = 2.0, 0.0
+    await loop.round()
+    told = [event.message for event in events_of(store, waiting) if event.type == job_pb2.JOB_EVENT_TYPE_WAITING]
+    assert len(told) == 2
 
 
 async def test_while_ray_is_away_nothing_is_decided(loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob) -> None:
@@ -167,9 +256,9 @@ async def test_a_run_over_its_time_limit_is_asked_then_told_to_stop(
     assert job_of(store, job).cancel_time is None
 
     def long_ago(session: Session) -> None:
-        row = session.get_one(tables.Job, job.uid)
-        row.start_time = tables.now() - timedelta(seconds=61)
-        session.add(row)
+        run = session.get_one(tables.JobRun, (job.uid, 1))
+        run.create_time = tables.now() - timedelta(seconds=61)
+        session.add(run)
 
     store.write_now(long_ago)
     await loop.round()

@@ -1,0 +1,142 @@
+"""Reads what the scheduler decides about out of the records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from google.protobuf.json_format import ParseDict
+from sqlalchemy import func
+from sqlmodel import Session, col, select
+
+from coordinator.cluster.serve_config import GATEWAY_CPUS
+from coordinator.jobs.resources import shape_of
+from coordinator.jobs.states import ACTIVE, State
+from coordinator.jobs.wishes import can_pause
+from coordinator.scheduling.model import Demand, Holding, Node, Shape, Situation, Terms, Waiting
+from coordinator.store import tables
+from coordinator.store.tables import Job, JobRun
+from luthier.v1 import job_pb2
+
+ENDPOINT_PRIORITY = 1000
+"""Endpoints stand above every job: their replicas are taken from nobody by the scheduler."""
+
+
+def read(session: Session, nodes: Sequence[Node] | None, now: datetime) -> Situation:
+    """The queue, what is held, and each project's terms, as they are recorded."""
+    return Situation(
+        now=now.timestamp(),
+        queue=_queue(session),
+        holding=[*_runs(session, now), *_endpoints(session)],
+        nodes=nodes,
+        terms=_terms(session),
+    )
+
+
+def active(session: Session) -> Sequence[Job]:
+    """The jobs with a run under way."""
+    return session.exec(select(Job).where(col(Job.state).in_([state.value for state in ACTIVE]))).all()
+
+
+def run_seconds(session: Session, uids: Sequence[str], now: datetime) -> dict[str, float]:
+    """How long the runs of each job lasted together, the present one included."""
+    totals: dict[str, float] = dict.fromkeys(uids, 0.0)
+    for uid, begun, ended in session.exec(
+        select(JobRun.job_uid, JobRun.create_time, JobRun.end_time).where(col(JobRun.job_uid).in_(uids))
+    ).all():
+        totals[uid] += max(0.0, ((ended or now) - begun).total_seconds())
+    return totals
+
+
+def _queue(session: Session) -> list[Waiting]:
+    # Columns, not rows: a queue may be long, and objects of the session cost ten times as much.
+    columns: list[Any] = [
+        *(Job.uid, Job.project_id, Job.priority, Job.create_time, Job.shape, Job.cpus, Job.gpus),
+        *(Job.time_limit_seconds, Job.not_before),
+    ]
+    query = select(*columns).where(Job.state == State.QUEUED.value, col(Job.pause_time).is_(None))
+    return [
+        Waiting(
+            uid=row.uid,
+            project=row.project_id,
+            priority=row.priority,
+            since=row.create_time.timestamp(),
+            shape=shape_of(row.shape, Demand(row.cpus, row.gpus)),
+            expected_seconds=row.time_limit_seconds,
+            not_before=row.not_before.timestamp() if row.not_before else 0.0,
+        )
+        for row in session.exec(query).all()
+    ]
+
+
+def _runs(session: Session, now: datetime) -> list[Holding]:
+    jobs = active(session)
+    uids = [job.uid for job in jobs]
+    runs = {
+        (run.job_uid, run.run): run for run in session.exec(select(JobRun).where(col(JobRun.job_uid).in_(uids))).all() if uids
+    }
+    spent = run_seconds(session, uids, now)
+    saved = _last_saved(session, uids)
+    found = []
+    for job in jobs:
+        run = runs.get((job.uid, job.run))
+        started = run.create_time if run is not None else job.update_time
+        unsaved = (now - max(saved.get(job.uid, started), started)).total_seconds()
+        found.append(
+            Holding(
+                uid=job.uid,
+                project=job.project_id,
+                priority=job.priority,
+                shape=_held_shape(job, run),
+                workers=run.workers if run is not None else 0,
+                started=started.timestamp(),
+                expected_end=_expected_end(job, spent[job.uid], now),
+                preemptible=can_pause(job) and job.state == State.RUNNING.value,
+                unsaved_seconds=max(0.0, unsaved),
+                stopping=job.state == State.PAUSING.value or job.cancel_time is not None,
+            )
+        )
+    return found
+
+
+def _held_shape(job: Job, run: JobRun | None) -> Shape:
+    if run is None or not job.shape:
+        return Shape(Demand(job.cpus, job.gpus))
+    return shape_of(job.shape, Demand(job.cpus, job.gpus))
+
+
+def _expected_end(job: Job, spent: float, now: datetime) -> float | None:
+    """By the run's own estimate where it gives one, else by the time limit."""
+    limit = None if job.time_limit_seconds is None else now.timestamp() + max(0.0, job.time_limit_seconds - spent)
+    progress = ParseDict(job.progress, job_pb2.Progress(), ignore_unknown_fields=True)
+    if not progress.HasField("remaining"):
+        return limit
+    estimate = (job.update_time if job.update_time > now else now) + timedelta(seconds=progress.remaining.ToSeconds())
+    return estimate.timestamp() if limit is None else min(limit, estimate.timestamp())
+
+
+def _last_saved(session: Session, uids: Sequence[str]) -> dict[str, datetime]:
+    point = tables.Checkpoint
+    query = select(point.job_uid, func.max(point.create_time)).where(col(point.job_uid).in_(uids)).group_by(point.job_uid)
+    return dict(session.exec(query).all())
+
+
+def _endpoints(session: Session) -> list[Holding]:
+    endpoints = session.exec(select(tables.Endpoint)).all()
+    gateway = Holding("the gateway", "", ENDPOINT_PRIORITY, Shape(Demand(GATEWAY_CPUS)), 0, 0.0)
+    return [gateway] * bool(endpoints) + [
+        Holding(
+            uid=f"endpoint {endpoint.project_id}/{endpoint.id}",
+            project=endpoint.project_id,
+            priority=ENDPOINT_PRIORITY,
+            shape=Shape(Demand(endpoint.cpus, endpoint.gpus)),
+            workers=0,
+            started=endpoint.create_time.timestamp(),
+        )
+        for endpoint in endpoints
+    ]
+
+
+def _terms(session: Session) -> dict[str, Terms]:
+    return {project.id: Terms(project.id, project.share) for project in session.exec(select(tables.Project)).all()}
