@@ -9,6 +9,7 @@ from sqlalchemy import CursorResult, update
 from sqlmodel import Session, col, select
 
 from coordinator.jobs.states import ACTIVE, SOURCES, TERMINAL, EndReason, State
+from coordinator.jobs.usage import settle
 from coordinator.store.tables import Job, JobDependency, JobEvent, JobRun, now
 from luthier.v1 import job_pb2
 
@@ -74,9 +75,9 @@ def _end_run(session: Session, uid: str, reason: EndReason, error: dict[str, Any
     job_run = session.get(JobRun, (uid, job.run))
     if job_run is not None and job_run.end_time is None:
         job_run.end_reason, job_run.error = reason.value, error
-        job_run.end_time = now()
         session.add(job_run)
         session.flush()
+        settle(session, job, job_run)
 
 
 def _release(session: Session, uid: str, ended: State) -> None:
