@@ -61,7 +61,7 @@ PROJECT = "default"
 """The project that every stack begins with."""
 
 ADMIN_KEY_FILE = "admin.key"
-"""File in the home with the first admin key, made by `luthier up`."""
+"""File in the home with the key of whoever runs the stack, made by `luthier up`."""
 
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
@@ -165,7 +165,7 @@ def _only_one(home: Path) -> Iterator[None]:
 
 
 def seed(session: Session, home: Path) -> str:
-    """Make sure of what every stack has: its secret, the default project, the admin key of the home. Returns the secret."""
+    """Make sure of what every stack has: its secret, the default project, the operator's key of the home. Returns the secret."""
     fact = session.get(tables.StackFact, "secret")
     if fact is None:
         fact = tables.StackFact(key="secret", value=secrets.token_urlsafe(32))
@@ -176,15 +176,17 @@ def seed(session: Session, home: Path) -> str:
     file = home / ADMIN_KEY_FILE
     if file.exists():
         token_sha256 = sha256(file.read_text().strip())
-        if session.exec(select(tables.ApiKey).where(tables.ApiKey.token_sha256 == token_sha256)).first() is None:
-            session.add(
-                tables.ApiKey(
-                    id=f"key-{secrets.token_hex(5)}",
-                    project_id=PROJECT,
-                    display_name="admin",
-                    role=admin_pb2.ROLE_ADMIN,
-                    token_sha256=token_sha256,
-                    create_time=tables.now(),
-                )
+        key = session.exec(select(tables.ApiKey).where(tables.ApiKey.token_sha256 == token_sha256)).first()
+        if key is None:
+            key = tables.ApiKey(
+                id=f"key-{secrets.token_hex(5)}",
+                project_id=PROJECT,
+                display_name="admin",
+                role=admin_pb2.ROLE_OPERATOR,
+                token_sha256=token_sha256,
+                create_time=tables.now(),
             )
+        # A store from before there were operators knows whoever runs the stack as an admin.
+        key.role = admin_pb2.ROLE_OPERATOR
+        session.add(key)
     return fact.value

@@ -1,4 +1,4 @@
-"""AdminService: keys and status."""
+"""AdminService: keys and status; its calls about projects are in projects.py."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from importlib.metadata import version
 from sqlalchemy import func, tuple_
 from sqlmodel import Session, col, select
 
-from common.errors import InvalidArgument, NotFound, Violation
+from common.errors import InvalidArgument, NotFound, PermissionDenied, Violation
 from coordinator import messages
 from coordinator.jobs.reconcile import Reconciler
 from coordinator.jobs.tokens import new_key, sha256
 from coordinator.notify import Notifier
 from coordinator.services import paging
-from coordinator.services.principal import Context, principal
+from coordinator.services.principal import Context, Principal, principal
+from coordinator.services.projects import ProjectCalls, find_project
 from coordinator.store import tables
 from coordinator.store.database import Store
 from coordinator.store.tables import now
 from luthier.v1 import admin_pb2, admin_pb2_grpc
 
 
-class AdminService(admin_pb2_grpc.AdminServiceServicer):
+class AdminService(ProjectCalls, admin_pb2_grpc.AdminServiceServicer):
     """Translates calls of those who run the stack."""
 
     def __init__(
@@ -45,11 +46,12 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     async def CreateKey(self, request: admin_pb2.CreateKeyRequest, context: Context) -> admin_pb2.CreateKeyResponse:
         """See admin.proto."""
         who = principal()
-        who.own(request.parent, field="parent")
+        (project_id,) = who.administered(request.parent, field="parent")
         key = request.key
         bad = []
         if key.role not in admin_pb2.Role.values() or key.role == admin_pb2.ROLE_UNSPECIFIED:
-            bad.append(Violation("key.role", "say one of ROLE_QUERY, ROLE_VIEWER, ROLE_EDITOR, ROLE_ADMIN"))
+            roles = ", ".join(name for name, number in admin_pb2.Role.items() if number)
+            bad.append(Violation("key.role", f"say one of {roles}"))
         if not 1 <= len(key.display_name) <= 100:
             bad.append(Violation("key.display_name", "a name of 1 to 100 characters is needed"))
         expires = key.expire_time.ToDatetime(tzinfo=UTC) if key.HasField("expire_time") else None
@@ -57,30 +59,37 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             bad.append(Violation("key.expire_time", "lies in the past"))
         if bad:
             raise InvalidArgument.of(bad)
+        not_above(who, key.role, "key.role", "makes")
         token = new_key()
         row = tables.ApiKey(
             id=f"key-{secrets.token_hex(5)}",
-            project_id=who.project,
+            project_id=project_id,
             display_name=key.display_name,
             role=key.role,
             token_sha256=sha256(token),
             create_time=now(),
             expire_time=expires,
         )
-        await self._store.write(lambda session: session.add(row))
+
+        def work(session: Session) -> None:
+            find_project(session, project_id)
+            session.add(row)
+
+        await self._store.write(work)
         self._notifier.notify("endpoints")
         return admin_pb2.CreateKeyResponse(key=messages.key(row), token=token)
 
     async def ListKeys(self, request: admin_pb2.ListKeysRequest, context: Context) -> admin_pb2.ListKeysResponse:
         """See admin.proto."""
         who = principal()
-        who.own(request.parent, field="parent")
+        (project_id,) = who.administered(request.parent, field="parent")
         size = paging.page_size(request.page_size)
         after = paging.decode(request.page_token, 2)
 
         def work(session: Session) -> Sequence[tables.ApiKey]:
+            find_project(session, project_id)
             key = tables.ApiKey
-            query = select(key).where(key.project_id == who.project)
+            query = select(key).where(key.project_id == project_id)
             if after is not None:
                 last = select(key.create_time).where(key.id == after[1]).scalar_subquery()
                 query = query.where(tuple_(col(key.create_time), col(key.id)) < tuple_(last, after[1]))
@@ -95,12 +104,13 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     async def RevokeKey(self, request: admin_pb2.RevokeKeyRequest, context: Context) -> admin_pb2.RevokeKeyResponse:
         """See admin.proto."""
         who = principal()
-        (key_id,) = who.own(request.name, "keys")
+        project_id, key_id = who.administered(request.name, "keys")
 
         def work(session: Session) -> tables.ApiKey:
             row = session.get(tables.ApiKey, key_id)
-            if row is None or row.project_id != who.project:
+            if row is None or row.project_id != project_id:
                 raise NotFound(f"there is no key {key_id!r}; `luthier key list` shows those there are", "KEY_NOT_FOUND")
+            not_above(who, row.role, "name", "revokes")
             row.revoke_time = row.revoke_time or now()
             session.add(row)
             return row
@@ -132,6 +142,14 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             response.ray.gpus_free = max(capacity.total.gpus - held.gpus, 0)
         response.jobs.update(dict(counts))
         return response
+
+
+def not_above(who: Principal, role: int, field: str, does: str) -> None:
+    """Refuse to touch a key that may do more than the caller's own. Raises PermissionDenied naming the field."""
+    if role > who.role:
+        mine, other = (admin_pb2.Role.Name(admin_pb2.Role.ValueType(each)) for each in (who.role, role))
+        why = f"a key with {mine} {does} none with {other}; ask somebody whose key has that role"
+        raise PermissionDenied(f"{field}: {why}", "ROLE_TOO_LOW", [Violation(field, why)])
 
 
 def static_status(address: str, store: str, gateway_url: str, ray_address: str) -> admin_pb2.GetStatusResponse:

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 Context: TypeAlias = "ServicerContext[Any, Any]"
 """What gRPC hands to every call."""
 
-VIEWER, EDITOR, ADMIN = admin_pb2.ROLE_VIEWER, admin_pb2.ROLE_EDITOR, admin_pb2.ROLE_ADMIN
+VIEWER, EDITOR, ADMIN, OPERATOR = (
+    admin_pb2.ROLE_VIEWER,
+    admin_pb2.ROLE_EDITOR,
+    admin_pb2.ROLE_ADMIN,
+    admin_pb2.ROLE_OPERATOR,
+)
 
 NEEDS: dict[str, admin_pb2.Role.ValueType] = {
     "/luthier.v1.JobService/CreateJob": EDITOR,
@@ -47,6 +52,10 @@ NEEDS: dict[str, admin_pb2.Role.ValueType] = {
     "/luthier.v1.AdminService/CreateKey": ADMIN,
     "/luthier.v1.AdminService/ListKeys": ADMIN,
     "/luthier.v1.AdminService/RevokeKey": ADMIN,
+    "/luthier.v1.AdminService/CreateProject": OPERATOR,
+    "/luthier.v1.AdminService/GetProject": VIEWER,
+    "/luthier.v1.AdminService/ListProjects": VIEWER,
+    "/luthier.v1.AdminService/UpdateProject": OPERATOR,
     "/luthier.v1.AdminService/GetStatus": VIEWER,
 }
 """The least role for every call that takes a key. A call that is missing here is refused."""
@@ -70,6 +79,13 @@ class Principal:
         if project != self.project:
             raise NotFound(f"there is no {name}")
         return tuple(ids)
+
+    def administered(self, name: str, *collections: str, field: str = "name") -> tuple[str, ...]:
+        """Project and ids of a name in any project for operators, else in the key's own: NotFound for another's."""
+        project, *ids = parse(name, "projects", *collections, field=field)
+        if self.role < OPERATOR and project != self.project:
+            raise NotFound(f"there is no {name}")
+        return project, *ids
 
 
 current: ContextVar[Principal] = ContextVar("principal")
