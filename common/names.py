@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from common.errors import InvalidArgument, Violation
+from common.errors import InvalidArgument, NotFound, Violation
 
 ID = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(?:/[A-Za-z0-9][\w.-]{0,95})?")
@@ -45,14 +45,16 @@ class VersionRef:
         return f"{self.id}@{self.version}"
 
 
-def parse_version_ref(text: str, field: str, collection: str) -> VersionRef:
+def parse_version_ref(text: str, field: str, collection: str, project: str = "") -> VersionRef:
     """Read `name`, `name@version` or `projects/p/{collection}/name/versions/version`.
 
-    Raises InvalidArgument for `field` where it is none of them. The project of a full name is not returned: references never
-    leave the caller's project.
+    Raises InvalidArgument for `field` where it is none of them, and NotFound for a full name of another project than `project`,
+    where that is given: references never leave the caller's project.
     """
     if text.startswith("projects/"):
-        _, name, version = parse(text, "projects", collection, "versions", field=field)
+        owner, name, version = parse(text, "projects", collection, "versions", field=field)
+        if project and owner != project:
+            raise NotFound(f"there is no {text}", violations=[Violation(field, f"there is no {text}")])
         return VersionRef(name, version)
     name, _, version = text.partition("@")
     return VersionRef(check_id(name, field), check_id(version, field) if version else "latest")

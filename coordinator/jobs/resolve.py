@@ -79,7 +79,7 @@ async def model(store: Store, project: str, text: str, where: str, paths_allowed
             if not HUB_ID.fullmatch(hub_id) or ".." in hub_id:
                 raise InvalidArgument(f"{hub_id[:120]!r} is not an id of a model on a hub (org/name)")
             return await asyncio.to_thread(_hub, hub_id)
-        ref = parse_version_ref(text, where, "models")
+        ref = parse_version_ref(text, where, "models", project)
         return await store.read(lambda session: registered(find_model(session, project, ref)))
 
 
@@ -108,7 +108,7 @@ def registered(row: tables.ModelVersion) -> agent_pb2.Artifact:
 
 async def _dataset(store: Store, project: str, spec: Message, where: str, resolved: Resolved) -> dataset_pb2.DatasetVersion:
     with _field(where):
-        ref = parse_version_ref(spec.dataset, where, "datasets")  # type: ignore[attr-defined]
+        ref = parse_version_ref(spec.dataset, where, "datasets", project)  # type: ignore[attr-defined]
         row = await store.read(lambda session: find_dataset(session, project, ref))
     spec.dataset = f"{row.dataset_id}@{row.version}"  # type: ignore[attr-defined]
     resolved.inputs["dataset"] = agent_pb2.Artifact(

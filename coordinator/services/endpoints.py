@@ -71,7 +71,7 @@ class EndpointService(endpoint_pb2_grpc.EndpointServiceServicer):
     ) -> tables.Endpoint:
         artifacts = {}
         for number, route in enumerate(desired.routes):
-            ref = parse_version_ref(route.model_version, f"endpoint.routes[{number}].model_version", "models")
+            ref = parse_version_ref(route.model_version, f"endpoint.routes[{number}].model_version", "models", who.project)
             version = registry.find_model(session, who.project, ref)
             artifact = registered(version)
             route.model_version = artifact.name
