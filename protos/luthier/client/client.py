@@ -303,6 +303,16 @@ class Client:
         """What the coordinator is and what it is connected to."""
         return self.admin.GetStatus(admin_pb2.GetStatusRequest())
 
+    def get_project(self, name: str = "") -> admin_pb2.Project:
+        """Return a project with what it holds and has spent; this client's own where no name is given."""
+        full = name if "/" in name else f"projects/{name or self.project}"
+        return self.admin.GetProject(admin_pb2.GetProjectRequest(name=full)).project
+
+    def list_projects(self, page_size: int = 100) -> Iterator[admin_pb2.Project]:
+        """The projects that the key may see, by id."""
+        request = admin_pb2.ListProjectsRequest(page_size=page_size)
+        return page_through(self.admin.ListProjects, request, lambda page: page.projects)
+
     def list_keys(self, page_size: int = 100) -> Iterator[admin_pb2.Key]:
         """The project's keys, newest first, without their secrets."""
         request = admin_pb2.ListKeysRequest(parent=self.parent, page_size=page_size)
