@@ -1,4 +1,4 @@
-"""Reading what people type: lengths of time, `a=b` pairs, and names made from paths."""
+"""Reading what people type: lengths of time, amounts, `a=b` pairs, and names made from paths."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ def duration(text: str, flag: str) -> float:
     if not re.fullmatch(r"(\d+(\.\d+)?[smhd])+", text):
         raise Failure(f"{flag}: {text!r} is not a length of time; write 90s, 30m, 2h, 1d or 1h30m", USAGE)
     return sum(float(value) * UNITS[unit] for value, _, unit in re.findall(r"(\d+(\.\d+)?)([smhd])", text))
+
+
+def amount(text: str, flag: str) -> float | None:
+    """The number that `text` is; None for `none`, which takes a bound away."""
+    if text.lower() == "none":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise Failure(f"{flag}: {text!r} is neither a number nor none", USAGE) from None
 
 
 def pairs(items: Iterable[str], flag: str, separator: str = ",") -> dict[str, str]:

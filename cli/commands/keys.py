@@ -26,17 +26,20 @@ class RoleName(StrEnum):
     viewer = "viewer"
     editor = "editor"
     admin = "admin"
+    operator = "operator"
 
 
 @command(app)
 def create(
     cli: Cli,
-    name: Annotated[str, typer.Argument(help="A person's name for it.")] = "",
-    role: Annotated[RoleName, typer.Option(help="What it may do.")] = RoleName.editor,
+    name: Annotated[str, typer.Argument(help="A person's name for it; its role where absent.")] = "",
+    role: Annotated[
+        RoleName, typer.Option(help="What it may do. An operator's runs the stack: projects, and the keys of all of them.")
+    ] = RoleName.editor,
     expires_in: Annotated[str, typer.Option(help="How long it counts, for example 30m, 12h or 90d. For ever where absent.")] = "",
 ) -> None:
-    """Make a key. Its secret is shown now and never again."""
-    key = Key(display_name=name, role=Role.Value(f"ROLE_{role.value.upper()}"))
+    """Make a key of a project (--project). Its secret is shown now and never again."""
+    key = Key(display_name=name or role.value, role=Role.Value(f"ROLE_{role.value.upper()}"))
     if expires_in:
         key.expire_time.FromDatetime(datetime.now(UTC) + timedelta(seconds=duration(expires_in, "--expires-in")))
     answer = cli.client.admin.CreateKey(admin_pb2.CreateKeyRequest(parent=cli.client.parent, key=key))

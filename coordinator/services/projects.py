@@ -46,7 +46,7 @@ class ProjectCalls:
                 session.flush()
             except IntegrityError as error:
                 why = f"there is a project {request.project_id!r} already; `luthier project update` changes it"
-                raise AlreadyExists(why, "PROJECT_EXISTS", [Violation("project_id", "taken by another project")]) from error
+                raise AlreadyExists(why, "PROJECT_EXISTS", [Violation("project_id", why)]) from error
             return message(row, Standing())
 
         project = await self._store.write(work)
@@ -94,7 +94,7 @@ class ProjectCalls:
                 raise _unknown(project_id)
             if request.etag and request.etag != etag(row):
                 why = f"project {project_id!r} was changed since it was read; read it again, then change it"
-                raise Aborted(why, "ETAG_MISMATCH", [Violation("etag", f"{request.etag[:80]} is not {etag(row)}")])
+                raise Aborted(why, "ETAG_MISMATCH", [Violation("etag", why)])
             set_fields(row, request.project, fields)
             row.version += 1
             session.add(row)

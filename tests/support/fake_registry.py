@@ -206,6 +206,38 @@ class Admin(Service, admin_pb2_grpc.AdminServiceServicer):
         key.revoke_time.GetCurrentTime()
         return admin_pb2.RevokeKeyResponse(key=key)
 
+    def CreateProject(self, request: Any, context: Any) -> Any:
+        fake = self.fake
+        fake.enter(context, "CreateProject", request)
+        name = f"projects/{request.project_id}"
+        if name in fake.projects:
+            refuse(context, Failure(grpc.StatusCode.ALREADY_EXISTS, f"there is a {name} already", "PROJECT_EXISTS"))
+        project = admin_pb2.Project()
+        project.CopyFrom(request.project)
+        project.name, project.etag = name, '"1"'
+        fake.projects[name] = project
+        return admin_pb2.CreateProjectResponse(project=project)
+
+    def GetProject(self, request: Any, context: Any) -> Any:
+        self.fake.enter(context, "GetProject", request)
+        return admin_pb2.GetProjectResponse(project=self.fake.find(context, self.fake.projects, request.name))
+
+    def ListProjects(self, request: Any, context: Any) -> Any:
+        self.fake.enter(context, "ListProjects", request)
+        projects, token = page([self.fake.projects[name] for name in sorted(self.fake.projects)], request)
+        return admin_pb2.ListProjectsResponse(projects=projects, next_page_token=token)
+
+    def UpdateProject(self, request: Any, context: Any) -> Any:
+        self.fake.enter(context, "UpdateProject", request)
+        project = self.fake.find(context, self.fake.projects, request.project.name)
+        if request.etag and request.etag != project.etag:
+            refuse(context, Failure(grpc.StatusCode.ABORTED, "changed since it was read", "ETAG_MISMATCH"))
+        for path in request.update_mask.paths:
+            project.ClearField(path)
+        request.update_mask.MergeMessage(request.project, project)
+        project.etag = f'"{int(project.etag.strip(chr(34)) or 0) + 1}"'
+        return admin_pb2.UpdateProjectResponse(project=project)
+
     def GetStatus(self, request: Any, context: Any) -> Any:
         self.fake.enter(context, "GetStatus", request)
         return self.fake.status

@@ -52,6 +52,7 @@ class FakeCoordinator:
     lineage: dict[str, list[model_pb2.LineageNode]] = field(default_factory=lambda: defaultdict(list))
     endpoints: dict[str, endpoint_pb2.Endpoint] = field(default_factory=dict)
     keys: list[admin_pb2.Key] = field(default_factory=list)
+    projects: dict[str, admin_pb2.Project] = field(default_factory=dict)
     status: admin_pb2.GetStatusResponse = field(default_factory=admin_pb2.GetStatusResponse)
     calls: list[Recorded] = field(default_factory=list)
     uploads: dict[str, bytes] = field(default_factory=dict)
