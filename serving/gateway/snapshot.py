@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-ROLES = frozenset({"query", "viewer", "editor", "admin"})
+ROLES = frozenset({"query", "viewer", "editor", "admin", "operator"})
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from common.errors import InvalidArgument, LuthierError, ResourceExhausted, Unavailable, Violation
+from luthier.v1.admin_pb2 import Role
 from serving.engines.base import Completion
 from serving.gateway.http import GatewayState, create_app
 from serving.gateway.snapshot import Snapshot
@@ -118,6 +119,12 @@ async def refused(client: httpx.AsyncClient, status: int, path: str = "/v1/chat/
     assert set(error) == {"message", "type", "param", "code"}
     assert response.headers["x-request-id"]
     return error
+
+
+@pytest.mark.parametrize("role", [name for name, number in Role.items() if number])
+def test_a_key_of_every_role_is_taken_over(role: str) -> None:
+    key = {"project": "acme", "key": "k1", "role": role, "expire_time": None}
+    assert Snapshot.of({"keys": {digest("x"): key}}).keys[digest("x")].role == role.removeprefix("ROLE_").lower()
 
 
 async def test_a_chat_answer_has_openais_shape(client: httpx.AsyncClient, backend: FakeBackend) -> None:
