@@ -25,7 +25,7 @@ test: install
 	$(BIN)/python -m pytest tests -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-fast: install
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest tests/unit -m 'not chaos and not postgres'
 
 chaos: install
 	$(BIN)/python -m pytest tests -m chaos

@@ -1,7 +1,8 @@
-"""One stack for every test that needs a whole one; starting Ray takes longer than most tests."""
+"""What is started once for all tests that need it: a whole stack, because Ray takes longer than most tests, and a PostgreSQL."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ import pytest
 
 from luthier.client import Client
 from luthier.v1 import dataset_pb2
+from tests.support import postgres as postgresql
 from tests.support.hub_server import Hub, serve
+from tests.support.postgres import Postgres
 from tests.support.stack import Stack
 
 
@@ -61,3 +64,47 @@ def small_dataset(stack: Stack, client: Client, tmp_path_factory: pytest.TempPat
     rows = [f"{word} thing number {number},{label}" for number in range(60) for word, label in words.items()]
     path.write_text("text,label\n" + "\n".join(rows) + "\n")
     return client.upload_dataset(path, "colours")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A running PostgreSQL. Where it is not installed, what needs it is skipped, or fails if the environment says so."""
+    if postgresql.binaries() is None:
+        if os.environ.get(postgresql.REQUIRED) == "1":
+            pytest.fail(postgresql.MISSING)
+        pytest.skip(postgresql.MISSING)
+    server = Postgres()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def migrated(postgres: Postgres) -> str:
+    """Name of a database with the newest schema, from which others are copied."""
+    # Imported here: most tests run without the coordinator.
+    from coordinator.store.database import make_engine
+    from coordinator.store.migrate import upgrade
+
+    name = postgres.database()
+    engine = make_engine(postgres.url(name))
+    upgrade(engine)
+    engine.dispose()
+    return name
+
+
+@pytest.fixture
+def postgres_url(postgres: Postgres, migrated: str) -> Iterator[str]:
+    """URL of a fresh, migrated database."""
+    name = postgres.database(migrated)
+    yield postgres.url(name)
+    postgres.drop(name)
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of a database for a store: a test that asks for it runs on both kinds."""
+    if request.param == "postgresql":
+        return str(request.getfixturevalue("postgres_url"))
+    return f"sqlite:///{tmp_path / 'records.db'}"

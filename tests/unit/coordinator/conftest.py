@@ -1,4 +1,4 @@
-"""A store in a temporary folder, and jobs in it."""
+"""A store on SQLite and one on PostgreSQL, and jobs in it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from luthier.v1 import job_pb2, training_pb2
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    store = Store(f"sqlite:///{tmp_path / 'records.db'}")
+def store(store_url: str, tmp_path: Path) -> Iterator[Store]:
+    store = Store(store_url)
     upgrade(store.engine)
     store.write_now(lambda session: seed(session, tmp_path))
     yield store
