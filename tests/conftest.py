@@ -84,7 +84,7 @@ def postgres() -> Iterator[Postgres]:
 def migrated(postgres: Postgres) -> str:
     """Name of a database with the newest schema, from which others are copied."""
     # Imported here: most tests run without the coordinator.
-    from coordinator.store.database import make_engine
+    from coordinator.store.engines import make_engine
     from coordinator.store.migrate import upgrade
 
     name = postgres.database()

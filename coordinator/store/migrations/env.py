@@ -4,10 +4,11 @@ from alembic import context
 from sqlmodel import SQLModel
 
 from coordinator.store import tables  # noqa: F401  (fills the metadata)
+from coordinator.store.engines import for_writing
 
 engine = context.config.attributes["engine"]
 
-with engine.execution_options(luthier_write=True).connect() as connection:
+with for_writing(engine).connect() as connection:
     context.configure(connection=connection, target_metadata=SQLModel.metadata, render_as_batch=True)
     with context.begin_transaction():
         context.run_migrations()
