@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 PERIOD = 1.0
 """Seconds between rounds when nothing wakes the loop."""
 
+REST = 4.0
+"""Pause after a round, as a multiple of what the round took."""
+
 CAPACITY_PERIOD = 5.0
 """Seconds for which the cluster's size is taken as known."""
 
@@ -81,13 +84,16 @@ class Reconciler:
     async def run(self) -> None:
         """Go round until cancelled. A round that fails is logged and tried again."""
         while not self._notifier.closing.is_set():
+            started = asyncio.get_running_loop().time()
             try:
                 await self.round()
             except Unavailable as error:
                 log.warning("%s", error)
             except Exception:
                 log.exception("a round of the reconciler failed")
-            await self._notifier.wait("scheduler", PERIOD)
+            # Every submission asks for a round: while many come in, rounds must not take the time that recording them needs.
+            rest = min(REST * (asyncio.get_running_loop().time() - started), PERIOD)
+            await asyncio.gather(self._notifier.wait("scheduler", PERIOD), self._notifier.wait("nothing but the end", rest))
 
     async def round(self) -> None:
         """Look once at everything that is not terminal."""

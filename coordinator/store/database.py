@@ -58,7 +58,7 @@ class Store:
         """Run `work` in a writing transaction; when this returns, it is durable."""
         entry = Entry(work, asyncio.get_running_loop())
         self._writer.submit(entry)
-        return cast("T", await cast("asyncio.Future[T]", entry.future))
+        return await cast("asyncio.Future[T]", entry.future)
 
     async def read(self, work: Callable[[Session], T]) -> T:
         """Run `work` in a reading transaction."""

@@ -16,7 +16,7 @@ PATIENCE_SECONDS = 10.0
 """How long a transaction waits for another process that writes. SQLite's URL may say otherwise (`?timeout=…`)."""
 
 IDLE_SECONDS = 60.0
-"""How long PostgreSQL lets a transaction do nothing: a coordinator that was stopped in the middle must not hold the writers' lock."""
+"""How long PostgreSQL lets a transaction do nothing: a coordinator that hangs inside one must not keep others from it."""
 
 WRITING = "luthier_write"
 """Execution option of connections that write."""
@@ -45,10 +45,10 @@ def for_writing(engine: Engine) -> Engine:
 
 
 def for_reading(engine: Engine) -> Engine:
-    """The engine with transactions that see one state of the records throughout, and cannot write on PostgreSQL."""
+    """The engine with transactions that see one state of the records throughout, as SQLite's do anyway."""
     if engine.url.get_backend_name() == "sqlite":
         return engine
-    return engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+    return engine.execution_options(isolation_level="REPEATABLE READ")
 
 
 def _sqlite(url: URL) -> Engine:
@@ -57,7 +57,13 @@ def _sqlite(url: URL) -> Engine:
     Writing begins with BEGIN IMMEDIATE: with the default, two writers that have both read lose one of their changes.
     """
     patience = float(str(url.query.get("timeout", PATIENCE_SECONDS)))
-    engine = create_engine(url, connect_args={"timeout": patience, "check_same_thread": False}, pool_size=READERS + 2)
+    engine = create_engine(
+        url,
+        pool_size=READERS + 2,
+        max_overflow=0,
+        pool_timeout=PATIENCE_SECONDS,
+        connect_args={"timeout": patience, "check_same_thread": False},
+    )
 
     @event.listens_for(engine, "connect")
     def configure(connection: sqlite3.Connection, _record: Any) -> None:

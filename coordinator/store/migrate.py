@@ -7,6 +7,9 @@ from pathlib import Path
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from coordinator.store.faults import is_fault, unavailable
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -20,5 +23,13 @@ def config(engine: Engine) -> Config:
 
 
 def upgrade(engine: Engine, revision: str = "head") -> None:
-    """Apply every migration up to `revision` that has not been applied yet."""
-    command.upgrade(config(engine), revision)
+    """Apply every migration up to `revision` that has not been applied yet.
+
+    Raises Unavailable where the database does not answer.
+    """
+    try:
+        command.upgrade(config(engine), revision)
+    except SQLAlchemyError as error:
+        if not is_fault(error):
+            raise
+        raise unavailable(error) from error

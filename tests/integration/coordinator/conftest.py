@@ -9,13 +9,18 @@ import pytest
 
 from luthier.client import Client
 from tests.support.coordinator_process import CoordinatorProcess, free_port
+from tests.support.postgres import Postgres
 
 
-@pytest.fixture(scope="module")
-def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CoordinatorProcess]:
+@pytest.fixture(scope="module", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+def coordinator(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CoordinatorProcess]:
     # An address at which no Ray answers: whatever needs none has to work all the same.
-    dead = f"http://127.0.0.1:{free_port()}"
-    process = CoordinatorProcess(tmp_path_factory.mktemp("home"), ray_address=dead).start()
+    settings = {"ray_address": f"http://127.0.0.1:{free_port()}"}
+    if request.param == "postgresql":
+        # Empty: a coordinator makes the schema itself.
+        postgres: Postgres = request.getfixturevalue("postgres")
+        settings["store_url"] = postgres.url(postgres.database())
+    process = CoordinatorProcess(tmp_path_factory.mktemp("home"), **settings).start()
     yield process
     process.kill()
 

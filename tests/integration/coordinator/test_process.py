@@ -29,8 +29,8 @@ def test_importing_it_imports_neither_ray_nor_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_what_was_acknowledged_is_there_after_a_kill_and_watches_go_on(fresh: Fresh, rows: Path) -> None:
-    process = fresh().start()
+def test_what_was_acknowledged_is_there_after_a_kill_and_watches_go_on(fresh: Fresh, rows: Path, store_url: str) -> None:
+    process = fresh(store_url=store_url).start()
     with process.client() as client:
         client.upload_dataset(rows, "rows")
         spec = training_pb2.FinetuneSpec(base="builtin:tiny", dataset="rows", method="full")
@@ -46,8 +46,8 @@ def test_what_was_acknowledged_is_there_after_a_kill_and_watches_go_on(fresh: Fr
     assert seen == [1, 2]
 
 
-def test_it_stops_gracefully_and_watches_resume(fresh: Fresh, rows: Path) -> None:
-    process = fresh().start()
+def test_it_stops_gracefully_and_watches_resume(fresh: Fresh, rows: Path, store_url: str) -> None:
+    process = fresh(store_url=store_url).start()
     with process.client() as client:
         client.upload_dataset(rows, "rows")
         job = client.create_job(
