@@ -12,6 +12,7 @@ from sqlmodel import Session, select
 from common.errors import AlreadyExists, InvalidArgument, Violation
 from common.names import parse
 from coordinator import messages
+from coordinator.jobs.admission import check_entitlement
 from coordinator.jobs.change import budget
 from coordinator.jobs.resolve import Resolved
 from coordinator.jobs.resources import shape, shape_document
@@ -75,6 +76,7 @@ def insert(session: Session, request: Request, job: job_pb2.Job, resolved: Resol
     unique = secrets.token_hex(5)
     form = shape(job)
     needs = form.total()
+    check_entitlement(session, request.project, form.total(form.least))
     followed = [_find(session, request.project, name, index) for index, name in enumerate(job.after)]
     open_ = [other for other in followed if State(other.state) is not State.SUCCEEDED]
     row = tables.Job(

@@ -13,8 +13,9 @@ from sqlmodel import Session, col, select
 from coordinator.cluster.serve_config import GATEWAY_CPUS
 from coordinator.jobs.resources import shape_of
 from coordinator.jobs.states import ACTIVE, State
+from coordinator.jobs.usage import terms
 from coordinator.jobs.wishes import can_pause
-from coordinator.scheduling.model import Demand, Holding, Node, Shape, Situation, Terms, Waiting
+from coordinator.scheduling.model import Demand, Holding, Node, Shape, Situation, Waiting
 from coordinator.store import tables
 from coordinator.store.tables import Job, JobRun
 from luthier.v1 import job_pb2
@@ -30,7 +31,7 @@ def read(session: Session, nodes: Sequence[Node] | None, now: datetime) -> Situa
         queue=_queue(session),
         holding=[*_runs(session, now), *_endpoints(session)],
         nodes=nodes,
-        terms=_terms(session),
+        terms=terms(session, now),
     )
 
 
@@ -136,7 +137,3 @@ def _endpoints(session: Session) -> list[Holding]:
         )
         for endpoint in endpoints
     ]
-
-
-def _terms(session: Session) -> dict[str, Terms]:
-    return {project.id: Terms(project.id, project.share) for project in session.exec(select(tables.Project)).all()}

@@ -9,7 +9,7 @@ from sqlmodel import Session, col, select
 from common.errors import InvalidArgument, NotFound, Violation
 from coordinator import messages
 from coordinator.jobs import records
-from coordinator.jobs.expiry import used_by
+from coordinator.jobs.expiry import spent_by
 from coordinator.jobs.reconcile import Reconciler
 from coordinator.jobs.states import State
 from coordinator.services.principal import Principal
@@ -29,7 +29,8 @@ def whole_job(session: Session, row: tables.Job) -> job_pb2.Job:
     )
     after = [messages.job_name(other) for other in session.exec(followed).all()]
     message = messages.job(row, trials, runs, after)
-    message.usage.CopyFrom(job_pb2.Usage(**used_by(session, row)))
+    spent = spent_by(session, row)
+    message.usage.CopyFrom(job_pb2.Usage(cpu_seconds=spent.cpus, gpu_seconds=spent.gpus))
     if row.state == State.BLOCKED:
         waiting = records.waits_for(session, row.uid)
         message.queue.waiting_for = "jobs to succeed: " + ", ".join(f"{other.job_id} ({other.state})" for other in waiting)

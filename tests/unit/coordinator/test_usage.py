@@ -149,7 +149,6 @@ def test_terms_see_what_still_runs_as_if_it_ended_now(store: Store, new_job: New
     def bound(session: Session) -> None:
         project = session.get_one(tables.Project, "default")
         project.share, project.quota, project.ceiling = 2.5, {"cpus": 4.0}, {"gpus": 8.0}
-        project.budget = {"cpu_seconds": 100 * 3600.0}
         session.add(project)
         session.add(tables.Project(id="idle", create_time=BEGIN))
 
@@ -159,6 +158,14 @@ def test_terms_see_what_still_runs_as_if_it_ended_now(store: Store, new_job: New
     job = new_job()
     start(store, job, BEGIN, Demand(1.0))
     assert settle(store, job, BEGIN + 10 * HOUR)
+    # Bounded last: jobs of a project that has spent its budget are refused.
+
+    def give_budget(session: Session) -> None:
+        project = session.get_one(tables.Project, "default")
+        project.budget = {"cpu_seconds": 100 * 3600.0}
+        session.add(project)
+
+    store.write_now(give_budget)
     before = store.read_now(lambda session: usage.terms(session, moment))
 
     mine = before["default"]
