@@ -50,6 +50,15 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
+class Spot:
+    """Where a part of a job lies: its driver, some of its workers, or both, on one node."""
+
+    node: str
+    workers: int
+    driver: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Waiting:
     """A queued job.
 
@@ -73,6 +82,10 @@ class Holding:
     `started` is when it got them and `expected_end` when it should give them back (None where nobody knows). Preempting it loses
     `unsaved_seconds` of work, those since its last checkpoint. One that is `stopping` has been asked to give its place up and is
     not asked again; its place counts as free soon, but not yet.
+
+    An endpoint is `lasting`: nobody may count on it to end. `since` is when the job was created, which is the age it goes back to
+    the queue with (`started` where it is None). `spots` is where it lies, where that is known; where it is empty, the scheduler
+    assumes a tight packing (packing.py).
     """
 
     uid: str
@@ -85,6 +98,9 @@ class Holding:
     preemptible: bool = False
     unsaved_seconds: float = 0.0
     stopping: bool = False
+    lasting: bool = False
+    since: float | None = None
+    spots: Sequence[Spot] = ()
 
     @property
     def held(self) -> Demand:
@@ -98,7 +114,8 @@ class Terms:
 
     `quota` is what it can always have, `limit` the most it may hold at a time; a resource that is absent (None as a whole, or
     infinite in a field) is not bounded. `decayed` is what it used, in CPU- and GPU-seconds, with a half-life.
-    `budget_left` is what it may still spend; a project that has spent its budget starts nothing.
+    `decayed` is expected with the half-life of order.py. `budget_left` is what it may still spend, in the same unit; a project
+    that has spent its budget starts nothing that needs the resource.
     """
 
     project: str
@@ -133,7 +150,8 @@ class Decision:
     """What becomes of a queued job, and why.
 
     `position` is its place in the queue, 1 for the next and 0 for one that starts. `workers` is how many a starting job gets.
-    `reason` completes the sentence "waits for ..." (or says what was free). `estimated_start` is None where nobody knows.
+    `reason` completes the sentence "waits for ..." (or says what was free). `estimated_start` is None where nobody knows. `spots`
+    is where the scheduler found room for a job that starts; Ray has the last word.
     """
 
     uid: str
@@ -142,6 +160,7 @@ class Decision:
     reason: str
     workers: int = 0
     estimated_start: float | None = None
+    spots: Sequence[Spot] = ()
 
 
 @dataclass(frozen=True, slots=True)

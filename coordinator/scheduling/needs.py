@@ -1,0 +1,138 @@
+"""Demands in whole numbers, and what each shape of job asks of a cluster.
+
+Ray counts CPUs and GPUs in ten-thousandths; so does the scheduler, because whole numbers add up exactly. What depends on nothing
+but shape and cluster is worked out once a round for every shape, not for every job.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from coordinator.scheduling import explain
+from coordinator.scheduling.model import Demand, Node, Shape
+
+TICKS = 10_000
+"""Whole numbers to one CPU or GPU."""
+
+HUGE = 1 << 60
+"""More than any cluster has: stands for "not bounded"."""
+
+
+def ticks(amount: float) -> int:
+    """CPUs or GPUs as a whole number of ten-thousandths."""
+    return HUGE if amount == math.inf else round(amount * TICKS)
+
+
+def demand(cpus: int, gpus: int) -> Demand:
+    """The demand that so many ten-thousandths are."""
+    return Demand(cpus / TICKS, gpus / TICKS)
+
+
+@dataclass(slots=True, eq=False)
+class Need:
+    """A shape in ten-thousandths. Compared by identity: equal shapes of one round share one.
+
+    `cpus` and `gpus` are what it needs at least, `widest` is the most workers that one node of the empty cluster could hold, and
+    `never` says why the cluster could not run it even with all other jobs gone (empty where it could).
+    """
+
+    shape: Shape
+    driver_cpus: int
+    driver_gpus: int
+    worker_cpus: int
+    worker_gpus: int
+    least: int
+    most: int
+    cpus: int
+    gpus: int
+    widest: int = 0
+    never: str | None = None
+
+    @classmethod
+    def of(cls, shape: Shape) -> Need:
+        """Convert a shape; `widest` and `never` depend on a cluster and are left open."""
+        driver, worker = shape.driver, shape.worker
+        driver_cpus, driver_gpus, worker_cpus, worker_gpus = map(ticks, (driver.cpus, driver.gpus, worker.cpus, worker.gpus))
+        cpus, gpus = driver_cpus + shape.least * worker_cpus, driver_gpus + shape.least * worker_gpus
+        return cls(shape, driver_cpus, driver_gpus, worker_cpus, worker_gpus, shape.least, shape.most, cpus, gpus)
+
+    def fit(self, cpus: int, gpus: int) -> int:
+        """How many workers fit into this much of one node; no more than the job takes."""
+        count = self.most
+        if self.worker_cpus:
+            count = min(count, cpus // self.worker_cpus)
+        if self.worker_gpus:
+            count = min(count, gpus // self.worker_gpus)
+        return max(count, 0)
+
+    def loss(self, cpus: int, gpus: int) -> int:
+        """How many workers fewer fit there when the driver lies there too; -1 where the driver does not fit."""
+        if self.driver_cpus > cpus or self.driver_gpus > gpus:
+            return -1
+        return self.fit(cpus, gpus) - self.fit(cpus - self.driver_cpus, gpus - self.driver_gpus)
+
+    def part(self, workers: int, driver: bool) -> tuple[int, int]:
+        """CPUs and GPUs of a part of it."""
+        cpus, gpus = workers * self.worker_cpus, workers * self.worker_gpus
+        return (cpus + self.driver_cpus, gpus + self.driver_gpus) if driver else (cpus, gpus)
+
+
+class Needs:
+    """The shapes of one round, on the nodes of the cluster."""
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self._nodes = [(ticks(node.total.cpus), ticks(node.total.gpus)) for node in nodes]
+        self._whole = Counter(self._nodes)
+        self._beside = self._whole
+        self._known: dict[tuple[float, float, float, float, int, int], Need] = {}
+
+    def endpoints_hold(self, held: Iterable[tuple[int, int]]) -> None:
+        """Say what endpoints hold of each node: no waiting job can count on ever having that."""
+        self._beside = Counter((cpus - taken[0], gpus - taken[1]) for (cpus, gpus), taken in zip(self._nodes, held, strict=True))
+
+    def of(self, shape: Shape) -> Need:
+        """What this shape needs; the same object for an equal shape. What `never` says is left open."""
+        driver, worker = shape.driver, shape.worker
+        key = (driver.cpus, driver.gpus, worker.cpus, worker.gpus, shape.most, shape.least)
+        need = self._known.get(key)
+        if need is None:
+            need = self._known[key] = Need.of(shape)
+            need.widest = max((need.fit(*kind) for kind in self._whole), default=0)
+        return need
+
+    def asked(self, shape: Shape) -> Need:
+        """The same for a job that waits, with `never`."""
+        need = self.of(shape)
+        if need.never is None:
+            need.never = self._why_never(need) if self._nodes and _most_workers(need, self._beside) < need.least else ""
+        return need
+
+    def _why_never(self, need: Need) -> str:
+        shape = need.shape
+        for unit in (shape.worker, shape.driver) if need.most else (shape.driver,):
+            if not any(ticks(unit.cpus) <= cpus and ticks(unit.gpus) <= gpus for cpus, gpus in self._whole):
+                return explain.larger_node(unit, [demand(*kind) for kind in self._whole])
+        room = _most_workers(need, self._whole)
+        if room >= need.least:
+            return explain.beside_endpoints(shape.total(shape.least), _sum(self._beside))
+        return explain.larger_cluster(shape, _sum(self._whole), max(room, 0))
+
+
+def _most_workers(need: Need, kinds: Counter[tuple[int, int]]) -> int:
+    """How many workers such nodes can take beside the driver; -1 where not even the driver fits.
+
+    Exact: workers are equal, so each node takes what it can, and the driver lies where it costs the fewest.
+    """
+    losses = [loss for loss in (need.loss(*kind) for kind in kinds) if loss >= 0]
+    if not losses:
+        return -1
+    return sum(need.fit(*kind) * count for kind, count in kinds.items()) - min(losses)
+
+
+def _sum(kinds: Counter[tuple[int, int]]) -> Demand:
+    cpus = sum(max(kind[0], 0) * count for kind, count in kinds.items())
+    gpus = sum(max(kind[1], 0) * count for kind, count in kinds.items())
+    return demand(cpus, gpus)
