@@ -32,6 +32,8 @@ _CONTROLLER = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(PLACEMENT_TIMEOUT_SECONDS),
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # Pauses come from the coordinator; Ray's own watcher would cost a process a run, and tell nobody who listens.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 
 

@@ -92,6 +92,7 @@ def _runs(session: Session, now: datetime) -> list[Holding]:
                 shape=_held_shape(job, run),
                 workers=run.workers if run is not None else 0,
                 started=started.timestamp(),
+                since=job.create_time.timestamp(),
                 expected_end=_expected_end(job, spent[job.uid], now),
                 preemptible=can_pause(job) and job.state == State.RUNNING.value,
                 unsaved_seconds=max(0.0, unsaved),
@@ -125,7 +126,7 @@ def _last_saved(session: Session, uids: Sequence[str]) -> dict[str, datetime]:
 
 def _endpoints(session: Session) -> list[Holding]:
     endpoints = session.exec(select(tables.Endpoint)).all()
-    gateway = Holding("the gateway", "", ENDPOINT_PRIORITY, Shape(Demand(GATEWAY_CPUS)), 0, 0.0)
+    gateway = Holding("the gateway", "", ENDPOINT_PRIORITY, Shape(Demand(GATEWAY_CPUS)), 0, 0.0, lasting=True)
     return [gateway] * bool(endpoints) + [
         Holding(
             uid=f"endpoint {endpoint.project_id}/{endpoint.id}",
@@ -134,6 +135,7 @@ def _endpoints(session: Session) -> list[Holding]:
             shape=Shape(Demand(endpoint.cpus, endpoint.gpus)),
             workers=0,
             started=endpoint.create_time.timestamp(),
+            lasting=True,
         )
         for endpoint in endpoints
     ]

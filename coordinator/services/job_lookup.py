@@ -31,10 +31,15 @@ def whole_job(session: Session, row: tables.Job) -> job_pb2.Job:
     message = messages.job(row, trials, runs, after)
     spent = spent_by(session, row)
     message.usage.CopyFrom(job_pb2.Usage(cpu_seconds=spent.cpus, gpu_seconds=spent.gpus))
+    say_what_blocks(session, row, message)
+    return message
+
+
+def say_what_blocks(session: Session, row: tables.Job, message: job_pb2.Job) -> None:
+    """Name the jobs that a blocked one follows."""
     if row.state == State.BLOCKED:
         waiting = records.waits_for(session, row.uid)
         message.queue.waiting_for = "jobs to succeed: " + ", ".join(f"{other.job_id} ({other.state})" for other in waiting)
-    return message
 
 
 def with_queue(reconciler: Reconciler, job: job_pb2.Job) -> job_pb2.Job:

@@ -19,7 +19,7 @@ from coordinator.jobs.validate import validate
 from coordinator.jobs.wishes import wish_end, wish_pause, wish_resume
 from coordinator.services import paging
 from coordinator.services.job_history import JobHistory
-from coordinator.services.job_lookup import find_job, parse_filter, with_queue
+from coordinator.services.job_lookup import find_job, parse_filter, say_what_blocks, with_queue
 from coordinator.services.principal import ADMIN, Context, principal
 from coordinator.store import tables
 from luthier.v1 import job_pb2
@@ -62,7 +62,7 @@ class JobService(JobHistory):
         after = paging.decode(request.page_token, 2)
         wanted = parse_filter(request.filter)
 
-        def work(session: Session) -> Sequence[tables.Job]:
+        def work(session: Session) -> tuple[Sequence[tables.Job], list[job_pb2.Job]]:
             query = select(tables.Job).where(tables.Job.project_id == who.project)
             for name, value in wanted.items():
                 if name.startswith("label."):
@@ -73,10 +73,14 @@ class JobService(JobHistory):
                 point = (datetime.fromisoformat(after[0]), after[1])
                 query = query.where(tuple_(col(tables.Job.create_time), col(tables.Job.uid)) < point)
             query = query.order_by(col(tables.Job.create_time).desc(), col(tables.Job.uid).desc()).limit(size + 1)
-            return session.exec(query).all()
+            rows = session.exec(query).all()
+            shown = [messages.job(row) for row in rows[:size]]
+            for row, message in zip(rows, shown, strict=False):
+                say_what_blocks(session, row, message)
+            return rows, shown
 
-        rows = await self._store.read(work)
-        response = job_pb2.ListJobsResponse(jobs=[with_queue(self._reconciler, messages.job(row)) for row in rows[:size]])
+        rows, shown = await self._store.read(work)
+        response = job_pb2.ListJobsResponse(jobs=[with_queue(self._reconciler, message) for message in shown])
         if len(rows) > size:
             response.next_page_token = paging.encode(rows[size - 1].create_time.isoformat(), rows[size - 1].uid)
         return response
@@ -97,6 +101,7 @@ class JobService(JobHistory):
 
     async def UpdateJob(self, request: job_pb2.UpdateJobRequest, context: Context) -> job_pb2.UpdateJobResponse:
         """See job.proto."""
+        principal().own(request.job.name, "jobs", field="job.name")  # whose job it is comes before what is wrong with the change
         change = Change.of(request)
         job = await self._wish(request.job.name, lambda session, uid: change.apply(session, uid), field="job.name")
         return job_pb2.UpdateJobResponse(job=job)

