@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from agents.channel import open_channel
 from agents.spool import Spool
 from common.errors import FailedPrecondition
 from luthier.agent.v1 import agent_pb2, agent_pb2_grpc
@@ -38,21 +39,6 @@ _STALE = (
 OUR_LOGGERS = ("agents", "common", "serving", "luthier", "__main__")
 # Never forwarded to the coordinator: the link must not report on its own failures to report.
 logger = logging.getLogger("luthier.link")
-
-
-def open_channel(address: str) -> grpc.Channel:
-    """Open a channel to the coordinator; the only place where agents make one."""
-    return grpc.insecure_channel(
-        address,
-        options=[
-            ("grpc.enable_retries", 0),
-            ("grpc.initial_reconnect_backoff_ms", 200),
-            ("grpc.min_reconnect_backoff_ms", 200),
-            ("grpc.max_reconnect_backoff_ms", 3000),
-            ("grpc.keepalive_time_ms", 60_000),
-            ("grpc.use_local_subchannel_pool", 1),
-        ],
-    )
 
 
 @dataclass(frozen=True)

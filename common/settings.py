@@ -35,6 +35,16 @@ class Settings(BaseSettings):
     ray_address: str = Field("", description="URL of the Ray dashboard (http://host:8265); empty while there is none.")
     ray_token_path: Path | None = Field(None, description="File with Ray's token; no token is sent if empty.")
     agent_python: str = Field("python", description="Python interpreter of the agents on the cluster's nodes.")
+    tls_cert: Path | None = Field(None, description="File with the gRPC server's certificate; without one nothing is encrypted.")
+    tls_key: Path | None = Field(None, description="File with the private key of tls_cert.")
+    tls_client_ca: Path | None = Field(
+        None, description="File with the CA that has to have signed clients' certificates, if any."
+    )
+    agent_ca: str = Field("", description="File, on the cluster's nodes, with the CA of tls_cert, for agents to check it.")
+    agent_cert: str = Field(
+        "", description="File, on the cluster's nodes, with the certificate that agents show (tls_client_ca)."
+    )
+    agent_key: str = Field("", description="File, on the cluster's nodes, with the private key of agent_cert.")
     gateway_host: str = Field("127.0.0.1", description="Address the HTTP gateway listens on.")
     gateway_port: int = Field(8000, ge=1, le=65535, description="Port of the HTTP gateway.")
     local_bases: bool = Field(True, description="Whether admins may name base models by absolute path on the cluster.")

@@ -35,6 +35,7 @@ from coordinator.services.uploads import Staging
 from coordinator.store import tables
 from coordinator.store.database import Store
 from coordinator.store.migrate import upgrade
+from coordinator.tls import agent_environment, server_credentials
 from luthier.agent.v1 import agent_pb2, agent_pb2_grpc
 from luthier.v1 import (
     admin_pb2,
@@ -103,7 +104,7 @@ async def _run(server: grpc.aio.Server, store: Store, settings: Settings, addres
     secret = await store.write(lambda session: seed(session, settings.home))
     notifier = Notifier()
     cluster = RayCluster(settings.ray_address, settings.ray_token_path)
-    launcher = Launcher(cluster, settings.advertise or address, settings.agent_python, secret)
+    launcher = Launcher(cluster, settings.advertise or address, settings.agent_python, secret, agent_environment(settings))
     reconciler = Reconciler(store, launcher, notifier)
     deployer = Deployer(store, cluster, notifier, settings.gateway_host, settings.gateway_port)
     staging = Staging(settings.home / "uploads", settings.max_upload_bytes)
@@ -127,7 +128,8 @@ async def _run(server: grpc.aio.Server, store: Store, settings: Settings, addres
     await server.start()
     for name in ("", *SERVICES):
         await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
-    log.info("serving on %s, store %s, Ray at %s", address, store.kind, settings.ray_address or "nowhere")
+    tls = "mutual TLS" if settings.tls_client_ca else "TLS" if settings.tls_cert else "no TLS"
+    log.info("serving on %s with %s, store %s, Ray at %s", address, tls, store.kind, settings.ray_address or "nowhere")
     loops = [asyncio.create_task(reconciler.run()), asyncio.create_task(deployer.run())]
     await stop.wait()
     log.info("stopping")
@@ -142,8 +144,9 @@ async def _run(server: grpc.aio.Server, store: Store, settings: Settings, addres
 def _bind(server: grpc.aio.Server, settings: Settings) -> str:
     """Take the port before anything slow begins, and return host:port."""
     wanted = f"{settings.host}:{settings.port}"
+    credentials = server_credentials(settings)
     try:
-        port = server.add_insecure_port(wanted)
+        port = server.add_secure_port(wanted, credentials) if credentials else server.add_insecure_port(wanted)
     except RuntimeError:
         port = 0
     if not port:

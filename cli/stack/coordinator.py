@@ -19,6 +19,8 @@ from cli.stack.processes import last_lines, spawn
 from cli.stack.ray_head import NOT_INHERITED, write_secret
 from cli.stack.state import ProcessRef, StackState
 from luthier.client import Client, LuthierError
+from luthier.client.channel import bare_channel
+from luthier.client.tls import Tls
 
 PART = "coordinator"
 
@@ -62,7 +64,7 @@ def start(state: StackState, home: Path) -> ProcessRef:
 
 def serving(server: str, timeout: float = 2.0) -> bool:
     """Whether a coordinator at host:port says that it serves."""
-    with grpc.insecure_channel(server, options=[("grpc.enable_http_proxy", 0)]) as channel:
+    with bare_channel(server, [("grpc.enable_http_proxy", 0)], Tls.of()) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)  # its calls are not typed
         try:
             answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout, wait_for_ready=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 
 from coordinator.cluster.ray_cluster import RayCluster
 from coordinator.jobs.tokens import claim_token
@@ -17,8 +18,16 @@ def submission_id(uid: str, run: int) -> str:
 class Launcher:
     """Submits runs. The entrypoint holds nothing that a user wrote; what the agent needs travels over gRPC after its claim."""
 
-    def __init__(self, cluster: RayCluster, coordinator_address: str, agent_python: str, stack_secret: str) -> None:
+    def __init__(
+        self,
+        cluster: RayCluster,
+        coordinator_address: str,
+        agent_python: str,
+        stack_secret: str,
+        tls_environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.cluster = cluster
+        self._tls = dict(tls_environment or {})
         self._address = coordinator_address
         self._entrypoint = f"{shlex.quote(agent_python)} -m agents"
         self._secret = stack_secret
@@ -32,5 +41,6 @@ class Launcher:
             "LUTHIER_CLAIM_TOKEN": claim_token(self._secret, job.uid, job.run),
             "RAY_JOB_STOP_SIGNAL": "SIGINT",
             "RAY_JOB_STOP_WAIT_TIME_S": "30",
+            **self._tls,
         }
         return self.cluster.submit(submission_id(job.uid, job.run), self._entrypoint, environment)

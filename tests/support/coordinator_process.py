@@ -14,6 +14,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from luthier.client import Client
+from luthier.client.channel import bare_channel
+from luthier.client.tls import Tls
 
 TOKEN = "lut_" + "t" * 43
 
@@ -32,6 +34,8 @@ class CoordinatorProcess:
         self.home = home
         self.port = free_port()
         self.settings = settings
+        # What a client of it has to know where the settings say TLS: ca, cert and key.
+        self.tls: dict[str, Path] = {}
         self.process: subprocess.Popen[bytes] | None = None
         home.mkdir(parents=True, exist_ok=True)
         (home / "admin.key").write_text(TOKEN + "\n")
@@ -56,7 +60,7 @@ class CoordinatorProcess:
 
     def wait_until_serving(self, seconds: float = 30.0) -> None:
         deadline = time.monotonic() + seconds
-        with grpc.insecure_channel(self.address) as channel:
+        with bare_channel(self.address, [], Tls.of(**self.tls)) as channel:
             while time.monotonic() < deadline:
                 try:
                     request = health_pb2.HealthCheckRequest()
@@ -89,4 +93,4 @@ class CoordinatorProcess:
         return (self.home / "coordinator.log").read_text()
 
     def client(self, token: str | None = TOKEN) -> Client:
-        return Client(self.address, token=token)
+        return Client(self.address, token=token, **self.tls)

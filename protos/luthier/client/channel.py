@@ -1,4 +1,4 @@
-"""The one place where channels to a coordinator are made: address, key, retries, and errors as exceptions."""
+"""The one place where channels to a coordinator are made: address, key, TLS, retries, and errors as exceptions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import grpc
 
-from luthier.client.errors import from_call
+from luthier.client.errors import LuthierError, from_call
+from luthier.client.tls import Tls
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 
@@ -28,19 +29,23 @@ class _Details(NamedTuple):
 class _Call:
     """A running call whose failure is raised as a LuthierError; everything else is the call's own."""
 
-    def __init__(self, call: Any, server: str) -> None:
+    def __init__(self, call: Any, server: str, tls: Tls) -> None:
         self._call = call
         self._server = server
+        self._tls = tls
+
+    def _error(self, error: grpc.RpcError) -> LuthierError:
+        return from_call(error, self._server, self._tls.advice)
 
     def result(self, timeout: float | None = None) -> Any:
         try:
             return self._call.result(timeout)
         except grpc.RpcError as error:
-            raise from_call(error, self._server) from error
+            raise self._error(error) from error
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         error = self._call.exception(timeout)
-        return from_call(error, self._server) if isinstance(error, grpc.RpcError) else error
+        return self._error(error) if isinstance(error, grpc.RpcError) else error
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -49,7 +54,7 @@ class _Call:
         try:
             return next(self._call)
         except grpc.RpcError as error:
-            raise from_call(error, self._server) from error
+            raise self._error(error) from error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._call, name)
@@ -58,9 +63,10 @@ class _Call:
 class _Interceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor, grpc.StreamUnaryClientInterceptor):
     """Adds key, default deadline and request id to each call, and turns failures into exceptions."""
 
-    def __init__(self, server: str, token: str, timeout: float | None) -> None:
+    def __init__(self, server: str, token: str, timeout: float | None, tls: Tls) -> None:
         self._server = server
         self._timeout = timeout
+        self._tls = tls
         self._metadata: tuple[tuple[str, str | bytes], ...] = (("authorization", f"Bearer {token}"),) if token else ()
 
     def _details(self, details: Any, timeout: float | None) -> Any:
@@ -74,13 +80,15 @@ class _Interceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInter
         )
 
     def intercept_unary_unary(self, continuation: Callable[..., Any], client_call_details: Any, request: Any) -> Any:
-        return _Call(continuation(self._details(client_call_details, self._timeout), _repeatable(request)), self._server)
+        return _Call(
+            continuation(self._details(client_call_details, self._timeout), _repeatable(request)), self._server, self._tls
+        )
 
     def intercept_unary_stream(self, continuation: Callable[..., Any], client_call_details: Any, request: Any) -> Any:
-        return _Call(continuation(self._details(client_call_details, None), request), self._server)
+        return _Call(continuation(self._details(client_call_details, None), request), self._server, self._tls)
 
     def intercept_stream_unary(self, continuation: Callable[..., Any], client_call_details: Any, request_iterator: Any) -> Any:
-        return _Call(continuation(self._details(client_call_details, None), request_iterator), self._server)
+        return _Call(continuation(self._details(client_call_details, None), request_iterator), self._server, self._tls)
 
 
 def _repeatable(request: Any) -> Any:
@@ -98,11 +106,13 @@ def service_config() -> str:
     return (files("luthier.client") / "service_config.json").read_text(encoding="utf-8")
 
 
-def open_channel(server: str, token: str = "", timeout: float | None = 60.0) -> grpc.Channel:
+def open_channel(server: str, token: str = "", timeout: float | None = 60.0, tls: Tls | None = None) -> grpc.Channel:
     """Return a channel to the coordinator at `server` (host:port).
 
-    `token` goes along as a bearer key. `timeout` in seconds bounds each call that is not a stream, retries included.
+    `token` goes along as a bearer key. `timeout` in seconds bounds each call that is not a stream, retries included. Without
+    `tls`, the environment says whether there is any.
     """
+    tls = Tls.of() if tls is None else tls
     host = server.rpartition(":")[0].strip("[]")
     options: list[tuple[str, Any]] = [
         ("grpc.service_config", service_config()),
@@ -114,5 +124,13 @@ def open_channel(server: str, token: str = "", timeout: float | None = 60.0) -> 
     if host in ("localhost", "::1") or host.startswith("127."):
         # A proxy from the environment cannot reach this machine's loopback.
         options.append(("grpc.enable_http_proxy", 0))
-    channel = grpc.insecure_channel(server, options=options)
-    return grpc.intercept_channel(channel, _Interceptor(server, token, timeout))
+    channel = bare_channel(server, options, tls)
+    return grpc.intercept_channel(channel, _Interceptor(server, token, timeout, tls))
+
+
+def bare_channel(server: str, options: list[tuple[str, Any]], tls: Tls) -> grpc.Channel:
+    """Return a channel that adds nothing to calls, for services that are not a coordinator's own."""
+    credentials = tls.credentials()
+    if credentials is None:
+        return grpc.insecure_channel(server, options=options)
+    return grpc.secure_channel(server, credentials, options=options)

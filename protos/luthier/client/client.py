@@ -18,6 +18,7 @@ from luthier.client.errors import DeadlineExceeded, FailedPrecondition, InvalidA
 from luthier.client.names import full_name, full_version
 from luthier.client.paging import page_through
 from luthier.client.streams import STREAM_SECONDS, Stream, tail, watch
+from luthier.client.tls import Tls
 from luthier.client.uploads import Progress, dataset_messages, model_files, model_messages, sha256_of
 from luthier.v1 import admin_pb2, dataset_pb2, endpoint_pb2, job_pb2, model_pb2
 from luthier.v1.admin_pb2_grpc import AdminServiceStub
@@ -49,12 +50,20 @@ class Client:
         project: str = "default",
         timeout: float | None = 60.0,
         patience: float | None = 300.0,
+        ca: Path | str | None = None,
+        cert: Path | str | None = None,
+        key: Path | str | None = None,
     ) -> None:
-        """`patience` is how long `watch`, `wait` and `logs` try again while the coordinator is away; None is for ever."""
+        """`patience` is how long `watch`, `wait` and `logs` try again while the coordinator is away; None is for ever.
+
+        With `ca` (else `LUTHIER_CA`), a file of certificates, everything is encrypted and the coordinator has to prove itself by
+        one of them. `cert` and `key` (else `LUTHIER_CERT` and `LUTHIER_KEY`) are for coordinators that ask the same of clients.
+        """
         self.server = server or os.environ.get("LUTHIER_SERVER") or DEFAULT_SERVER
         self.project = project
         self._patience = patience
-        self._channel = open_channel(self.server, os.environ.get("LUTHIER_TOKEN", "") if token is None else token, timeout)
+        token = os.environ.get("LUTHIER_TOKEN", "") if token is None else token
+        self._channel = open_channel(self.server, token, timeout, Tls.of(ca, cert, key))
         self.jobs = JobServiceStub(self._channel)
         self.datasets = DatasetServiceStub(self._channel)
         self.models = ModelServiceStub(self._channel)

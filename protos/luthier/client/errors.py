@@ -19,7 +19,7 @@ LuthierError
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,8 +138,11 @@ CLASS_OF_CODE: dict[grpc.StatusCode, type[LuthierError]] = {
 }
 
 
-def from_call(call: grpc.RpcError, server: str = "") -> LuthierError:
-    """Return the error that a failed gRPC call stands for, with the details that travelled in its google.rpc.Status."""
+def from_call(call: grpc.RpcError, server: str = "", advice: Callable[[str], str] | None = None) -> LuthierError:
+    """Return the error that a failed gRPC call stands for, with the details that travelled in its google.rpc.Status.
+
+    `advice` is asked about gRPC's own words where there was no connection.
+    """
     if not isinstance(call, grpc.Call):
         return Internal(str(call) or type(call).__name__)
     code = call.code() or grpc.StatusCode.UNKNOWN
@@ -157,5 +160,6 @@ def from_call(call: grpc.RpcError, server: str = "") -> LuthierError:
     message = (status.message if status is not None else "") or call.details() or code.name
     if code is grpc.StatusCode.UNAVAILABLE and status is None and server:
         # gRPC's own text repeats the address over and over; its last part says why.
-        message = f"no coordinator answers at {server} ({message.rsplit(': ', 1)[-1].lower()})"
+        why = (advice(message) if advice else "") or message.rsplit(": ", 1)[-1].lower()
+        message = f"no coordinator answers at {server} ({why})"
     return CLASS_OF_CODE.get(code, Internal)(message, code, reason, tuple(violations), metadata)
