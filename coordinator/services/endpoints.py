@@ -12,6 +12,7 @@ from common.errors import FailedPrecondition, InvalidArgument, NotFound, Violati
 from common.names import check_id, parse_version_ref
 from coordinator import messages, registry
 from coordinator.endpoints.reconcile import GATEWAY, Deployer
+from coordinator.jobs.admission import check_limit
 from coordinator.jobs.reconcile import Reconciler
 from coordinator.jobs.resolve import registered
 from coordinator.notify import Notifier
@@ -78,6 +79,7 @@ class EndpointService(endpoint_pb2_grpc.EndpointServiceServicer):
             artifacts[artifact.name] = messages.document(artifact)
         if len(artifacts) < len(desired.routes):
             raise InvalidArgument.of([Violation("endpoint.routes", "two routes lead to the same model version")])
+        check_limit(session, who.project, needs, "the endpoint")
         row = session.get(tables.Endpoint, (who.project, request.endpoint_id))
         if request.etag and (row is None or request.etag != f'"{row.version}"'):
             raise FailedPrecondition("the endpoint was changed since it was read; read it again", "ETAG_MISMATCH")
