@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from luthier.client import Client
+from luthier.v1 import admin_pb2
 from tests.support.coordinator_process import CoordinatorProcess, free_port
 from tests.support.postgres import Postgres
+from tests.support.tenants import Tenants, furnish, make_key
 
 
 @pytest.fixture(scope="module", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
@@ -51,3 +53,15 @@ def rows(tmp_path: Path) -> Path:
     lines = [f"text number {number} of {'ab'[number % 2]},{'ab'[number % 2]}" for number in range(40)]
     path.write_text("text,label\n" + "\n".join(lines) + "\n")
     return path
+
+
+@pytest.fixture(scope="module")
+def tenants(coordinator: CoordinatorProcess, client: Client) -> Iterator[Tenants]:
+    keys = []
+    for project in ("ours", "theirs"):
+        client.admin.CreateProject(admin_pb2.CreateProjectRequest(project_id=project))
+        keys.append(make_key(client, project, "admin").token)
+        furnish(coordinator, project)
+    address = coordinator.address
+    with Client(address, keys[0], project="ours") as ours, Client(address, keys[1], project="theirs") as theirs:
+        yield Tenants(ours, theirs, *keys)
