@@ -20,7 +20,7 @@ from coordinator.jobs.wishes import wish_end, wish_pause, wish_resume
 from coordinator.services import paging
 from coordinator.services.job_history import JobHistory
 from coordinator.services.job_lookup import find_job, parse_filter, say_what_blocks, with_queue
-from coordinator.services.principal import ADMIN, Context, principal
+from coordinator.services.principal import OPERATOR, Context, principal
 from coordinator.store import tables
 from luthier.v1 import job_pb2
 
@@ -43,7 +43,7 @@ class JobService(JobHistory):
         validate(job)
         capacity = self._reconciler.queue.capacity
         fill_in(job, capacity is not None and capacity.total.gpus > 0)
-        resolved = await resolve(self._store, who.project, job, paths_allowed=who.role >= ADMIN)
+        resolved = await resolve(self._store, who.project, job, paths_allowed=who.role >= OPERATOR)
         if request.validate_only:
             return job_pb2.CreateJobResponse(job=job)
         row = await self._store.write(lambda session: create.insert(session, identity, job, resolved))
