@@ -40,32 +40,28 @@ class Board:
         """What will be free soon and is not promised; None where nothing is stopping."""
         self.start: float | None = None
         """The reserved start; infinite where nobody knows when it is."""
+        self.horizon = -1.0
+        """A job that takes no longer ends before the reserved start. In seconds; negative where there is none or nobody knows."""
         self._now = (list(free.cpus), list(free.gpus))
-        self._soon = (list(free.cpus), list(free.gpus))
+        self._soon = self._now
         self._later: tuple[list[int], list[int]] | None = None
         self._back_by_start: set[str] = set()
         gone = list(stopping)
-        for each in gone:
-            _add(self._soon, each)
         if gone:
+            self._part_ways()
+            for each in gone:
+                _add(self._soon, each)
             self.made = Room(*self._soon)
 
-    def ends_in_time(self, now: float, seconds: float | None) -> bool:
-        """Whether a job that starts now is known to end before the reserved start. Where that is unknown, none is."""
-        return self.start is not None and self.start < math.inf and seconds is not None and now + seconds <= self.start
-
-    def begin(self, need: Need, most: int, short: bool) -> Place | None:
+    def begin(self, need: Need, most: int, short: bool) -> tuple[Place, list[Part]] | None:
         """Start a gang now, if there is room. `short` says that it ends before the reserved start."""
         room = self.open if short or self.careful is None else self.careful
         place = room.place(need, need.least, most)
-        if place is not None:
-            taken = parts(need, place)
-            _add(self._now, taken, -1)
-            _add(self._soon, taken, -1)
-            if self._later is not None and not short:
-                _add(self._later, taken, -1)
-            self._refresh(taken)
-        return place
+        if place is None:
+            return None
+        taken = parts(need, place)
+        self._take(taken, short)
+        return place, taken
 
     def grow(self, need: Need, more: int) -> Place:
         """Room for up to so many further workers of a gang that starts now, taken from what delays nobody."""
@@ -74,10 +70,7 @@ class Board:
         while more and (node := room.find(need.worker_cpus, need.worker_gpus)) >= 0:
             count = min(more, need.fit(room.cpus[node], room.gpus[node]))
             place.append((node, count, False))
-            taken = parts(need, place[-1:])
-            for times in (self._now, self._soon, *([self._later] if self._later else [])):
-                _add(times, taken, -1)
-            self._refresh(taken)
+            self._take(parts(need, place[-1:]), short=False)
             more -= count
         return place
 
@@ -105,12 +98,12 @@ class Board:
 
     def free_up(self, victims: Iterable[Release]) -> None:
         """Count what these give back as free soon."""
+        self._part_ways()
         for victim in victims:
             _add(self._soon, victim.parts)
             if self._later is not None and victim.uid not in self._back_by_start:
                 _add(self._later, victim.parts)
-            if self.made is not None:
-                self._refresh(victim.parts)
+            self._refresh(victim.parts)
         if self.made is None:
             self.made = Room(*self._least_of(self._soon, self._later))
 
@@ -137,17 +130,36 @@ class Board:
         else:
             _add(later, parts(need, place), -1)
         self.start, self._later = start, later
+        if start < math.inf:
+            self.horizon = start - now
         self.careful = Room(*self._least_of(self._now, self._soon, later))
         if self.made is not None:
             self.made = Room(*self._least_of(self._soon, later))
 
+    def _part_ways(self) -> None:
+        """From here on, what is free soon differs from what is free now. It need not be counted twice before."""
+        if self._soon is self._now:
+            self._soon = (list(self._now[0]), list(self._now[1]))
+
+    def _take(self, taken: Sequence[Part], short: bool) -> None:
+        _add(self._now, taken, -1)
+        if self._soon is not self._now:
+            _add(self._soon, taken, -1)
+        if self._later is not None and not short:
+            _add(self._later, taken, -1)
+        self._refresh(taken)
+
     def _refresh(self, changed: Iterable[Part]) -> None:
+        now, soon, later = self._now, self._soon, self._later
         for node, _, _ in changed:
-            _level(self.open, node, self._now, self._soon)
-            if self.careful is not None and self._later is not None:
-                _level(self.careful, node, self._now, self._soon, self._later)
+            cpus, gpus = soon[0][node], soon[1][node]
+            if later is not None:
+                cpus, gpus = min(cpus, later[0][node]), min(gpus, later[1][node])
             if self.made is not None:
-                _level(self.made, node, self._soon, *([self._later] if self._later else []))
+                self.made.set(node, cpus, gpus)
+            if self.careful is not None:
+                self.careful.set(node, min(cpus, now[0][node]), min(gpus, now[1][node]))
+            self.open.set(node, min(now[0][node], soon[0][node]), min(now[1][node], soon[1][node]))
 
     @staticmethod
     def _least_of(*times: tuple[list[int], list[int]] | None) -> tuple[list[int], list[int]]:
@@ -163,7 +175,3 @@ def _add(free: tuple[list[int], list[int]], some: Iterable[Part], sign: int = 1)
     for node, part_cpus, part_gpus in some:
         cpus[node] += sign * part_cpus
         gpus[node] += sign * part_gpus
-
-
-def _level(room: Room, node: int, *times: tuple[list[int], list[int]]) -> None:
-    room.set(node, min(time[0][node] for time in times), min(time[1][node] for time in times))

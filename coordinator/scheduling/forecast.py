@@ -37,7 +37,7 @@ def starts(
         _, some_cpus, some_gpus = heappop(ends)
         cpus, gpus = cpus + some_cpus, gpus + some_gpus
     known: dict[str, float] = {}
-    for job, need in waiting[:FORESEEN]:
+    for job, need in waiting:
         while (need.cpus > cpus or need.gpus > gpus) and ends:
             end, some_cpus, some_gpus = heappop(ends)
             moment = max(moment, end)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +146,8 @@ class Situation:
     terms: Mapping[str, Terms] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What becomes of a queued job, and why.
+class Decision(NamedTuple):
+    """What becomes of a queued job, and why. A tuple, because a round makes one for every job of a long queue.
 
     `position` is its place in the queue, 1 for the next and 0 for one that starts. `workers` is how many a starting job gets.
     `reason` completes the sentence "waits for ..." (or says what was free). `estimated_start` is None where nobody knows. `spots`

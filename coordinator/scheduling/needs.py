@@ -105,8 +105,10 @@ class Needs:
 
     def asked(self, shape: Shape) -> Need:
         """The same for a job that waits, with `never`."""
-        need = self.of(shape)
-        if need.never is None:
+        driver, worker = shape.driver, shape.worker
+        need = self._known.get((driver.cpus, driver.gpus, worker.cpus, worker.gpus, shape.most, shape.least))
+        if need is None or need.never is None:
+            need = self.of(shape)
             need.never = self._why_never(need) if self._nodes and _most_workers(need, self._beside) < need.least else ""
         return need
 

@@ -33,7 +33,10 @@ _LATELY = TICKS * math.log(2) / HALF_LIFE_SECONDS
 
 @dataclass(slots=True)
 class Account:
-    """A project in one round, in ten-thousandths. `promised` is what goes to its jobs that wait with a place reserved."""
+    """A project in one round, in ten-thousandths. `promised` is what goes to its jobs that wait with a place reserved.
+
+    A job of which `room_cpus` and `room_gpus` are less than it needs is kept back by the limit (`beyond_limit` says how).
+    """
 
     terms: Terms
     quota: tuple[int, int]
@@ -42,6 +45,8 @@ class Account:
     held: list[int] = field(default_factory=lambda: [0, 0])
     promised: list[int] = field(default_factory=lambda: [0, 0])
     stuck: list[bool] = field(default_factory=lambda: [False, False])
+    room_cpus: int = HUGE
+    room_gpus: int = HUGE
 
     @classmethod
     def of(cls, terms: Terms) -> Account:
@@ -49,21 +54,30 @@ class Account:
         limit = (HUGE, HUGE) if terms.limit is None else (ticks(terms.limit.cpus), ticks(terms.limit.gpus))
         left = terms.budget_left
         spent = (False, False) if left is None else (left.cpus <= 0, left.gpus <= 0)
-        return cls(terms, (ticks(terms.quota.cpus), ticks(terms.quota.gpus)), limit, spent)
+        account = cls(terms, (ticks(terms.quota.cpus), ticks(terms.quota.gpus)), limit, spent)
+        account._measure()
+        return account
 
     def take(self, cpus: int, gpus: int) -> None:
         """It holds so much more."""
         self.held[0] += cpus
         self.held[1] += gpus
+        self._measure()
 
     def promise(self, cpus: int, gpus: int) -> None:
         """So much more is kept for a job of it that waits."""
         self.promised[0] += cpus
         self.promised[1] += gpus
+        self._measure()
 
     def left(self, bound: tuple[int, int]) -> tuple[int, int]:
         """What it may still take before it reaches its quota or limit."""
         return bound[0] - self.held[0] - self.promised[0], bound[1] - self.held[1] - self.promised[1]
+
+    def _measure(self) -> None:
+        if self.limit != (HUGE, HUGE):
+            left = self.left(self.limit)
+            self.room_cpus, self.room_gpus = (0 if stuck else most for stuck, most in zip(self.stuck, left, strict=True))
 
     def out_of_budget(self, need: Need) -> str:
         """Why its budget lets the job start nothing, empty where it does."""
@@ -73,7 +87,7 @@ class Account:
         return ""
 
     def beyond_limit(self, need: Need) -> str:
-        """Why its limit keeps the job back for now, empty where it does not.
+        """Why its limit keeps a job back that needs more than there is room for.
 
         What is behind such a job in its project, and needs the resource that is short, waits with it: else small jobs would keep
         a large one out for ever.
@@ -82,9 +96,8 @@ class Account:
             if used and self.stuck[index]:
                 return explain.turn_in_project(cpus=index == 0)
         left = self.left(self.limit)
-        if need.cpus <= left[0] and need.gpus <= left[1]:
-            return ""
         self.stuck = [self.stuck[0] or need.cpus > left[0], self.stuck[1] or need.gpus > left[1]]
+        self._measure()
         total = need.shape.total(need.least)
         return explain.limit(total, self.terms.limit or Demand(), demand(*self.held), demand(*self.promised))
 
@@ -94,6 +107,12 @@ class Account:
             return need.most
         left = self.left(bound)
         return max(need.fit(left[0] - need.driver_cpus, left[1] - need.driver_gpus), need.least)
+
+
+Row = tuple[bool, int, float, float, str, Waiting, Need, Account]
+"""A job's place in the order: whether it is beyond its quota, its level (less is sooner), its project's share, its time and uid;
+then the job. Plain tuples, because there are many of them.
+"""
 
 
 @dataclass(slots=True, eq=False)
@@ -157,30 +176,30 @@ def effective(priority: int, since: float, now: float) -> float:
 
 def arrange(
     situation: Situation, needs: Needs, known: Mapping[str, Account], cluster: tuple[int, int]
-) -> tuple[list[Queued], list[tuple[Waiting, str]]]:
+) -> tuple[list[Row], list[tuple[Waiting, str]]]:
     """The queue in its order, and the jobs that wait beside it, with their reasons: they hold nobody up."""
     now = situation.now
-    rows: dict[str, list[tuple[int, float, str, Waiting, Need]]] = {project: [] for project in known}
+    asked = needs.asked
+    jobs: dict[str, list[tuple[int, float, str, Waiting, Need]]] = {project: [] for project in known}
+    bound = {project for project, account in known.items() if account.terms.limit or account.terms.budget_left}
     beside: list[tuple[Waiting, str]] = []
     for job in situation.queue:
-        need = needs.asked(job.shape)
-        account = known[job.project]
-        waits = now - job.since
-        if need.never or job.not_before > now or account.terms.limit is not None or account.terms.budget_left is not None:
-            reason = _beside(job, need, account, now)
+        project, since = job.project, job.since
+        need = asked(job.shape)
+        if need.never or job.not_before > now or project in bound:
+            reason = _beside(job, need, known[project], now)
             if reason:
                 beside.append((job, reason))
                 continue
-        level = job.priority + (int(waits / AGEING_SECONDS) if waits > 0 else 0)
-        rows[job.project].append((-level, job.since, job.uid, job, need))
-    order: list[tuple[bool, int, float, float, str, Queued]] = []
-    for project, jobs in rows.items():
-        if jobs:
-            jobs.sort()
-            _by_share(order, jobs, known[project], cluster)
-    order.sort()
+        points = int((now - since) / AGEING_SECONDS) if now > since else 0
+        jobs[project].append((-job.priority - points, since, job.uid, job, need))
+    rows: list[Row] = []
+    for project, own in jobs.items():
+        own.sort()
+        _by_share(rows, own, known[project], cluster)
+    rows.sort()
     beside.sort(key=lambda row: (-row[0].priority, row[0].since, row[0].uid))
-    return [row[5] for row in order], beside
+    return rows, beside
 
 
 def _beside(job: Waiting, need: Need, account: Account, now: float) -> str:
@@ -192,10 +211,7 @@ def _beside(job: Waiting, need: Need, account: Account, now: float) -> str:
 
 
 def _by_share(
-    order: list[tuple[bool, int, float, float, str, Queued]],
-    jobs: Sequence[tuple[int, float, str, Waiting, Need]],
-    account: Account,
-    cluster: tuple[int, int],
+    rows: list[Row], jobs: Sequence[tuple[int, float, str, Waiting, Need]], account: Account, cluster: tuple[int, int]
 ) -> None:
     """Add a project's jobs to the order, each with the share that the project has once those ahead of it run.
 
@@ -203,16 +219,17 @@ def _by_share(
     """
     weight = max(account.terms.share, 1e-9)
     per_cpu, per_gpu = (1 / (amount * weight) if amount else 0.0 for amount in cluster)
-    lately = account.terms.decayed.cpus * _LATELY, account.terms.decayed.gpus * _LATELY
+    past_cpus, past_gpus = account.terms.decayed.cpus * _LATELY * per_cpu, account.terms.decayed.gpus * _LATELY * per_gpu
     held_cpus, held_gpus = account.held
     quota_cpus, quota_gpus = account.quota
     limit_cpus, limit_gpus = account.limit
-    covered = True
+    beyond = False
     for level, since, uid, job, need in jobs:
-        share_cpus, share_gpus = (held_cpus + lately[0]) * per_cpu, (held_gpus + lately[1]) * per_gpu
+        share, share_gpus = held_cpus * per_cpu + past_cpus, held_gpus * per_gpu + past_gpus
+        if share_gpus > share:
+            share = share_gpus
         cpus, gpus = held_cpus + need.cpus, held_gpus + need.gpus
-        covered = covered and cpus <= quota_cpus and gpus <= quota_gpus
-        share = share_cpus if share_cpus > share_gpus else share_gpus
-        order.append((not covered, level, share, since, uid, Queued(job, need, account, covered)))
+        beyond = beyond or cpus > quota_cpus or gpus > quota_gpus
+        rows.append((beyond, level, share, since, uid, job, need, account))
         if cpus <= limit_cpus and gpus <= limit_gpus:
             held_cpus, held_gpus = cpus, gpus

@@ -20,8 +20,8 @@ from coordinator.scheduling import explain, forecast, order, preempt
 from coordinator.scheduling.board import Board, Release
 from coordinator.scheduling.model import Decision, Holding, Plan, Preemption, Situation, Spot, Waiting
 from coordinator.scheduling.needs import Need, Needs, demand, ticks
-from coordinator.scheduling.order import Queued
-from coordinator.scheduling.packing import Part, Place, Room, Tally, lay_out, parts
+from coordinator.scheduling.order import Queued, Row
+from coordinator.scheduling.packing import Part, Place, Room, Tally, lay_out
 
 ATTEMPTS = 32
 """So many jobs a round may look for victims in vain. Bounds the time of a round; those ahead in the queue look first."""
@@ -64,60 +64,76 @@ class Round:
         self._no_room: dict[bool, set[Need]] = {False: set(), True: set()}
         self._no_claim: set[Need] = set()
         self._no_victims: set[tuple[str, Need, bool, int]] = set()
+        self._attempts_left = ATTEMPTS
+        # Shapes for which there is no room, nor will be soon: for good in this round, or for jobs that take too long to overtake.
+        self._turn: set[Need] = set()
+        self._turn_if_long: set[Need] = set()
 
     def decide(self) -> Plan:
         """Go through the queue once."""
-        queue, beside = order.arrange(self.situation, self.needs, self.accounts, self.cluster)
-        waiting: list[tuple[Queued, str]] = []
+        rows, beside = order.arrange(self.situation, self.needs, self.accounts, self.cluster)
         if self.nodes:
-            for queued in queue:
-                reason = self._consider(queued)
-                if reason is not None:
-                    waiting.append((queued, reason))
+            waiting = self._go_through(rows)
             if not waiting:
                 self._grow()
         else:
             why = explain.CLUSTER if self.situation.nodes is None else explain.NODE
-            waiting = [(queued, why) for queued in queue]
+            waiting = [(row, why) for row in rows]
             beside = [(job, why) for job, _ in beside]
-        return Plan(self._decisions(queue, waiting, beside), self.preemptions)
+        return Plan(self._decisions(waiting, beside), self.preemptions)
+
+    def _go_through(self, rows: Sequence[Row]) -> list[tuple[Row, str]]:
+        """Start what may start, and say of the others what they wait for. Most are told by what is known of their shape."""
+        waiting: list[tuple[Row, str]] = []
+        turn, turn_if_long, horizon = self._turn, self._turn_if_long, self.board.horizon
+        for row in rows:
+            beyond, _, _, _, _, job, need, account = row
+            if need.cpus > account.room_cpus or need.gpus > account.room_gpus:
+                waiting.append((row, account.beyond_limit(need)))
+            elif (need in turn or (need in turn_if_long and (job.expected_seconds or math.inf) > horizon)) and (
+                (beyond and job.priority <= self._lowest) or self._attempts_left == 0
+            ):
+                waiting.append((row, explain.TURN))
+            else:
+                reason = self._consider(Queued(job, need, account, not beyond))
+                if reason is not None:
+                    waiting.append((row, reason))
+                horizon = self.board.horizon
+        return waiting
 
     def _consider(self, queued: Queued) -> str | None:
         """Start the job (None), or say what it waits for."""
-        need, account = queued.need, queued.account
-        if account.terms.limit is not None:
-            reason = account.beyond_limit(need)
-            if reason:
-                return reason
+        need = queued.need
         if self._begin(queued):
             return None
         if self._claim(queued) or self._make_room(queued):
             return explain.MAKING_ROOM
         if self.head is not None:
+            (self._turn if need in self._no_room[True] else self._turn_if_long).add(need)
             return explain.TURN
         self.head = queued
-        account.promise(need.cpus, need.gpus)
+        queued.account.promise(need.cpus, need.gpus)
         reason = self._why_no_room(need) if self.explaining else ""
         self.board.reserve(need, self.now, self.running.values())
         return reason
 
     def _begin(self, queued: Queued) -> bool:
         need, account, job = queued.need, queued.account, queued.job
-        short = self.board.ends_in_time(self.now, job.expected_seconds)
+        short = (job.expected_seconds or math.inf) <= self.board.horizon
         if need in self._no_room[short]:
             return False
         most = account.workers(need, account.limit)
         if queued.covered:
             # More than its quota covers would make the whole of it borrowed, and somebody else's to reclaim.
             most = min(most, account.workers(need, account.quota))
-        place = self.board.begin(need, most, short)
-        if place is None:
+        begun = self.board.begin(need, most, short)
+        if begun is None:
             self._no_room[False].add(need)
             if short or self.head is None:
                 self._no_room[True].add(need)
             return False
+        place, taken = begun
         self.started.append((queued, place, self.head is not None))
-        taken = parts(need, place)
         account.take(sum(part[1] for part in taken), sum(part[2] for part in taken))
         end = math.inf if job.expected_seconds is None else self.now + job.expected_seconds
         self.running[job.uid] = Release(end, self.now, job.uid, taken)
@@ -141,12 +157,13 @@ class Round:
         """Ask others to stop for the job, if the rules let it, and promise it their room."""
         job, need = queued.job, queued.need
         key = (job.project, need, queued.covered, job.priority)
-        if len(self._no_victims) >= ATTEMPTS or key in self._no_victims or not self._could_preempt(queued):
+        if not self._attempts_left or key in self._no_victims or not (queued.covered or job.priority > self._lowest):
             return False
         points = order.effective(job.priority, job.since, self.now)
         victims = preempt.choose(queued, points, self.candidates, self.board)
         if not victims:
             self._no_victims.add(key)
+            self._attempts_left -= 1
             return False
         self.board.free_up(victim.release for victim in victims)
         for victim in victims:
@@ -154,11 +171,9 @@ class Round:
             self.candidates.remove(victim)
             why = "reclaims its project's quota" if queued.covered and job.project != victim.holding.project else "has priority"
             self.preemptions.append(Preemption(victim.holding.uid, job.uid, f"{job.uid}, which {why}, needs its place"))
-        self._no_claim.clear()
+        for told in (self._no_claim, self._turn, self._turn_if_long):
+            told.clear()
         return self._claim(queued)
-
-    def _could_preempt(self, queued: Queued) -> bool:
-        return bool(self.candidates) and (queued.covered or queued.job.priority > self._lowest)
 
     @cached_property
     def candidates(self) -> list[preempt.Candidate]:
@@ -166,8 +181,9 @@ class Round:
         return preempt.candidates(self.holdings, self.running, self.covers, self.cluster, self.now)
 
     @cached_property
-    def _lowest(self) -> int:
-        return min(each.holding.priority for each in self.candidates)
+    def _lowest(self) -> float:
+        """The lowest priority among them: nobody of as low a one needs to look, unless a quota covers it."""
+        return min((each.holding.priority for each in self.candidates), default=math.inf)
 
     def _grow(self) -> None:
         """Nobody waits: elastic jobs that were held to their quotas may borrow after all."""
@@ -183,19 +199,16 @@ class Round:
         fit = Tally(need, room.cpus, room.gpus).room
         return explain.room(need.shape, demand(room.free_cpus, room.free_gpus), demand(*room.largest()), max(fit, 0))
 
-    def _decisions(
-        self, queue: Sequence[Queued], waiting: Sequence[tuple[Queued, str]], beside: Sequence[tuple[Waiting, str]]
-    ) -> list[Decision]:
-        estimated = self._estimates(waiting) if self.explaining and self.nodes else {}
+    def _decisions(self, waiting: Sequence[tuple[Row, str]], beside: Sequence[tuple[Waiting, str]]) -> list[Decision]:
         decisions = [self._started(*start) for start in self.started]
-        position = 0
-        for queued, reason in waiting:
-            position += 1
-            uid = queued.job.uid
-            decisions.append(Decision(uid, False, position, reason, 0, estimated.get(uid)))
-        for job, reason in beside:
-            position += 1
-            decisions.append(Decision(job.uid, False, position, reason))
+        estimated = self._estimates(waiting) if self.explaining and self.nodes else {}
+        decisions.extend(
+            Decision(row[4], False, position, reason, 0, estimated.get(row[4]))
+            for position, (row, reason) in enumerate(waiting, 1)
+        )
+        decisions.extend(
+            Decision(job.uid, False, position, reason) for position, (job, reason) in enumerate(beside, len(waiting) + 1)
+        )
         return decisions
 
     def _started(self, queued: Queued, place: Place, early: bool) -> Decision:
@@ -206,14 +219,19 @@ class Round:
         spots = tuple(Spot(self.nodes[node].id, count, driver) for node, count, driver in place)
         return Decision(queued.job.uid, True, 0, reason, workers, None, spots)
 
-    def _estimates(self, waiting: Sequence[tuple[Queued, str]]) -> dict[str, float]:
+    def _estimates(self, waiting: Sequence[tuple[Row, str]]) -> dict[str, float]:
         """Starts of those that wait for room, where they can be told."""
+        soon = {row[4]: self.now for row, reason in waiting if reason is explain.MAKING_ROOM}
         start = self.board.start
-        room_soon = {queued.job.uid: self.now for queued, reason in waiting if reason == explain.MAKING_ROOM}
-        if start is None or start == math.inf:
-            return room_soon
-        rows = [(queued.job, queued.need) for queued, reason in waiting if reason == explain.TURN or queued is self.head]
-        return room_soon | forecast.starts(self.now, start, self.board.soon(), self.running.values(), rows)
+        if start is None or start == math.inf or self.head is None:
+            return soon
+        foreseen = [(self.head.job, self.head.need)]
+        for row, reason in waiting:
+            if reason is explain.TURN:
+                foreseen.append((row[5], row[6]))
+                if len(foreseen) == forecast.FORESEEN:
+                    break
+        return soon | forecast.starts(self.now, start, self.board.soon(), self.running.values(), foreseen)
 
 
 def _release(holding: Holding, where: Sequence[Part]) -> Release:

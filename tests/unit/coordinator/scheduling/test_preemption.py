@@ -74,7 +74,8 @@ def test_a_higher_priority_preempts_a_lower_one_that_is_borrowed():
 
 
 def test_age_alone_preempts_nobody():
-    assert asked(plan(situation([job("old", 2, "r", age=9 * AGEING_SECONDS)], [soft("x", 4.0)]))) == []
+    holding = [soft("x", 3.0), soft("low", 1.0, priority=-1)]
+    assert asked(plan(situation([job("old", 2, "r", age=9 * AGEING_SECONDS)], holding))) == []
 
 
 def test_nobody_preempts_what_would_be_ahead_of_it_in_the_queue():
