@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from luthier.client import Client
 from luthier.v1 import dataset_pb2
@@ -16,6 +17,12 @@ from tests.support import postgres as postgresql
 from tests.support.hub_server import Hub, serve
 from tests.support.postgres import Postgres
 from tests.support.stack import Stack
+
+
+# The same examples in every run, so that a run that fails can be repeated. HYPOTHESIS_PROFILE=random looks for new ones.
+settings.register_profile("fixed", derandomize=True, database=None)
+settings.register_profile("random", max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 @pytest.hookimpl(tryfirst=True)
