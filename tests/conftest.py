@@ -18,7 +18,6 @@ from tests.support.hub_server import Hub, serve
 from tests.support.postgres import Postgres
 from tests.support.stack import Stack
 
-
 # The same examples in every run, so that a run that fails can be repeated. HYPOTHESIS_PROFILE=random looks for new ones.
 settings.register_profile("fixed", derandomize=True, database=None)
 settings.register_profile("random", max_examples=1000)

@@ -17,10 +17,8 @@ from sqlmodel import Session, col, select
 
 from coordinator.jobs.states import ACTIVE
 from coordinator.scheduling.model import Demand, Terms
+from coordinator.scheduling.order import HALF_LIFE_SECONDS
 from coordinator.store.tables import Endpoint, Job, JobRun, Project, now
-
-HALF_LIFE = 86_400.0
-"""Seconds after which past use counts half in a project's fair share."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +37,13 @@ def spent(begin: datetime, end: datetime, held: Demand) -> Demand:
 
 def decayed(amount: Demand, since: datetime, until: datetime) -> Demand:
     """What is left at `until` of an amount that counted in full at `since`."""
-    return _scaled(amount, 2.0 ** (-_seconds(since, until) / HALF_LIFE))
+    return _scaled(amount, 2.0 ** (-_seconds(since, until) / HALF_LIFE_SECONDS))
 
 
 def decayed_spent(begin: datetime, end: datetime, held: Demand) -> Demand:
     """Like `spent`, each moment of it decayed to `end`: the integral of held x 2^(-(end - t) / half-life) over the run."""
     # expm1 keeps its digits for runs that are short beside the half-life.
-    return _scaled(held, HALF_LIFE / math.log(2) * -math.expm1(-math.log(2) * _seconds(begin, end) / HALF_LIFE))
+    return _scaled(held, HALF_LIFE_SECONDS / math.log(2) * -math.expm1(-math.log(2) * _seconds(begin, end) / HALF_LIFE_SECONDS))
 
 
 def held_by(job: Job, job_run: JobRun) -> Demand:

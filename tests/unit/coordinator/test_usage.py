@@ -61,14 +61,14 @@ def test_a_decayed_run_is_the_sum_of_its_decayed_moments() -> None:
     steps = 100_000
     length = 3 * 86_400.0
     moments = ((number + 0.5) * length / steps for number in range(steps))
-    integral = sum(2.0 ** (-(length - moment) / usage.HALF_LIFE) for moment in moments) * length / steps
+    integral = sum(2.0 ** (-(length - moment) / usage.HALF_LIFE_SECONDS) for moment in moments) * length / steps
     assert usage.decayed_spent(BEGIN, BEGIN + 3 * DAY, Demand(3.0)).cpus == pytest.approx(3 * integral, rel=1e-8)
 
 
 def test_a_short_run_counts_in_full_and_an_endless_one_has_a_limit() -> None:
     assert usage.decayed_spent(BEGIN, BEGIN + timedelta(microseconds=1), Demand(1.0)).cpus == pytest.approx(1e-6, rel=1e-9)
     forever = usage.decayed_spent(BEGIN, BEGIN + 1000 * DAY, Demand(1.0)).cpus
-    assert forever == pytest.approx(usage.HALF_LIFE / math.log(2))
+    assert forever == pytest.approx(usage.HALF_LIFE_SECONDS / math.log(2))
 
 
 def test_a_run_cut_in_two_weighs_as_much_as_one() -> None:
