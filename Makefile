@@ -22,7 +22,7 @@ demo: install
 
 # Two processes share the run: one has the stack, the other everything else (tests/conftest.py says which test goes where).
 test: install
-	$(BIN)/python -m pytest tests -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest tests -n 2 --dist loadscope --no-loadscope-reorder
 
 test-fast: install
 	$(BIN)/python -m pytest tests/unit -m 'not chaos and not postgres'

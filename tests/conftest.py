@@ -7,9 +7,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 from luthier.client import Client
 from luthier.v1 import dataset_pb2
@@ -24,13 +26,19 @@ settings.register_profile("random", max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which tests stay together where two processes share a run: those of the one stack, those of the one private Ray."""
-    for item in items:
-        path = item.path.relative_to(Path(__file__).parent)
-        shared = "stack" if "stack" in getattr(item, "fixturenames", ()) else path.parts[0]
-        item.add_marker(pytest.mark.xdist_group(shared if shared in ("stack", "integration") else path.as_posix()))
+class TogetherScheduling(LoadScopeScheduling):
+    """Where two processes share a run: one has the tests of the one stack, the other the private Ray and everything else."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        if path.startswith(("tests/e2e/", "tests/faults/test_killed.py")) and path != "tests/e2e/test_two_nodes.py":
+            return "stack"
+        return "integration" if path.startswith("tests/integration/") else path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TogetherScheduling:
+    """Called by pytest-xdist, where `-n` is given."""
+    return TogetherScheduling(config, log)
 
 
 @pytest.fixture(scope="session")
