@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from collections.abc import Callable
 
 
 class Notifier:
@@ -11,13 +12,20 @@ class Notifier:
 
     def __init__(self) -> None:
         self._waiters: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        self._listeners: defaultdict[str, list[Callable[[], None]]] = defaultdict(list)
         self.closing = asyncio.Event()
 
     def notify(self, *topics: str) -> None:
-        """Wake everyone who waits for one of the topics."""
+        """Tell those who listen to the topics, then wake everyone who waits for one of them."""
         for topic in topics:
+            for listener in self._listeners.get(topic, ()):
+                listener()
             for waiter in self._waiters.get(topic, ()):
                 waiter.set()
+
+    def on(self, topic: str, listener: Callable[[], None]) -> None:
+        """Call `listener` at once, before `notify` returns, whenever the topic is notified."""
+        self._listeners[topic].append(listener)
 
     async def wait(self, topic: str, timeout: float) -> None:
         """Return when the topic is notified, the server closes, or `timeout` seconds have passed."""

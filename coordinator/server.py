@@ -30,6 +30,7 @@ from coordinator.services.datasets import DatasetService
 from coordinator.services.endpoints import EndpointService
 from coordinator.services.interceptor import Guard
 from coordinator.services.jobs import JobService
+from coordinator.services.keys import Keys
 from coordinator.services.models import ModelService
 from coordinator.services.uploads import Staging
 from coordinator.store import tables
@@ -83,8 +84,9 @@ async def serve(settings: Settings) -> None:
     with _only_one(settings.home):
         store = Store(settings.database_url)
         try:
+            notifier = Notifier()
             server = grpc.aio.server(
-                interceptors=[Guard(store)],
+                interceptors=[Guard(Keys(store, notifier))],
                 options=[
                     ("grpc.so_reuseport", 0),
                     ("grpc.max_receive_message_length", MAX_MESSAGE),
@@ -95,14 +97,13 @@ async def serve(settings: Settings) -> None:
             )
             address = _bind(server, settings)
             await asyncio.to_thread(upgrade, store.engine)
-            await _run(server, store, settings, address)
+            await _run(server, store, notifier, settings, address)
         finally:
             store.close()
 
 
-async def _run(server: grpc.aio.Server, store: Store, settings: Settings, address: str) -> None:
+async def _run(server: grpc.aio.Server, store: Store, notifier: Notifier, settings: Settings, address: str) -> None:
     secret = await store.write(lambda session: seed(session, settings.home))
-    notifier = Notifier()
     cluster = RayCluster(settings.ray_address, settings.ray_token_path)
     launcher = Launcher(cluster, settings.advertise or address, settings.agent_python, secret, agent_environment(settings))
     reconciler = Reconciler(store, launcher, notifier)

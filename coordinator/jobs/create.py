@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from sqlmodel import Session, select
@@ -67,60 +68,74 @@ def earlier(session: Session, request: Request) -> tables.Job | None:
 
 
 def insert(session: Session, request: Request, job: job_pb2.Job, resolved: Resolved) -> tables.Job:
-    """Record a job and its first event, or return the one that the same request made before."""
+    """Record a job and its first event, or return the one that the same request made before.
+
+    Raises FailedPrecondition where its project may never hold so much or has spent its budget, InvalidArgument where a job that
+    it is to follow does not exist or did not succeed.
+    """
     before = earlier(session, request)
     if before is not None:
         return before
+    form = shape(job)
+    check_entitlement(session, request.project, form.total(form.least))
+    followed = [_find(session, request.project, name, index) for index, name in enumerate(job.after)]
+    row = tables.Job(**columns(request, job, resolved))
+    if any(State(other.state) is not State.SUCCEEDED for other in followed):
+        row.state = State.BLOCKED.value
+    session.add(row)
+    session.flush()
+    session.add_all(tables.JobDependency(job_uid=row.uid, after_uid=other) for other in {other.uid for other in followed})
+    session.add(tables.JobEvent(**created(row.uid, row.kind, row.state, row.create_time, request)))
+    return row
+
+
+def columns(request: Request, job: job_pb2.Job, resolved: Resolved) -> dict[str, Any]:
+    """The columns of a new job's row that are not their defaults."""
     kind = job.WhichOneof("spec") or ""
     moment = tables.now()
     unique = secrets.token_hex(5)
     form = shape(job)
     needs = form.total()
-    check_entitlement(session, request.project, form.total(form.least))
-    followed = [_find(session, request.project, name, index) for index, name in enumerate(job.after)]
-    open_ = [other for other in followed if State(other.state) is not State.SUCCEEDED]
-    row = tables.Job(
-        uid=f"{PREFIXES[kind]}{unique}{secrets.token_hex(3)}",
-        project_id=request.project,
-        job_id=f"{PREFIXES[kind]}-{unique}",
-        kind=kind,
-        display_name=job.display_name,
-        labels=dict(job.labels),
-        priority=job.priority,
-        time_limit_seconds=job.time_limit.ToMilliseconds() / 1000 if job.HasField("time_limit") else None,
-        spec=messages.document(getattr(job, kind)),
-        inputs={
+    return {
+        "uid": f"{PREFIXES[kind]}{unique}{secrets.token_hex(3)}",
+        "project_id": request.project,
+        "job_id": f"{PREFIXES[kind]}-{unique}",
+        "kind": kind,
+        "display_name": job.display_name,
+        "labels": dict(job.labels),
+        "priority": job.priority,
+        "time_limit_seconds": job.time_limit.ToMilliseconds() / 1000 if job.HasField("time_limit") else None,
+        "spec": messages.document(getattr(job, kind)),
+        "inputs": {
             "artifacts": {role: messages.document(artifact) for role, artifact in resolved.inputs.items()},
             "labels": resolved.labels,
             "request": request.body,
         },
-        cpus=needs.cpus,
-        gpus=needs.gpus,
-        shape=shape_document(form),
-        retry=messages.document(job.retry),
-        budget=budget(job),
-        request_id=request.request_id or None,
-        request_sha256=request.sha256,
-        creator=request.creator,
-        state=(State.BLOCKED if open_ else State.QUEUED).value,
-        sequence=1,
-        create_time=moment,
-        update_time=moment,
-    )
-    session.add(row)
-    session.flush()
-    session.add_all(tables.JobDependency(job_uid=row.uid, after_uid=other) for other in {other.uid for other in followed})
-    session.add(
-        tables.JobEvent(
-            job_uid=row.uid,
-            sequence=1,
-            time=moment,
-            type=job_pb2.JOB_EVENT_TYPE_CREATED,
-            state=row.state,
-            message=f"{kind} created by {request.creator}",
-        )
-    )
-    return row
+        "cpus": needs.cpus,
+        "gpus": needs.gpus,
+        "shape": shape_document(form),
+        "retry": messages.document(job.retry),
+        "budget": budget(job),
+        "request_id": request.request_id or None,
+        "request_sha256": request.sha256,
+        "creator": request.creator,
+        "state": State.QUEUED.value,
+        "sequence": 1,
+        "create_time": moment,
+        "update_time": moment,
+    }
+
+
+def created(uid: str, kind: str, state: str, moment: datetime, request: Request) -> dict[str, Any]:
+    """The columns of a new job's first event."""
+    return {
+        "job_uid": uid,
+        "sequence": 1,
+        "time": moment,
+        "type": job_pb2.JOB_EVENT_TYPE_CREATED,
+        "state": state,
+        "message": f"{kind} created by {request.creator}",
+    }
 
 
 def _find(session: Session, project: str, name: str, index: int) -> tables.Job:

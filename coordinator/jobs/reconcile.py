@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 PERIOD = 1.0
 """Seconds between rounds when nothing wakes the loop."""
 
-REST = 4.0
+REST = 9.0
 """Pause after a round, as a multiple of what the round took."""
 
 CAPACITY_PERIOD = 5.0

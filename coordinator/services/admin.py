@@ -18,6 +18,7 @@ from coordinator.jobs.reconcile import Reconciler
 from coordinator.jobs.tokens import new_key, sha256
 from coordinator.notify import Notifier
 from coordinator.services import paging
+from coordinator.services.keys import CHANGED
 from coordinator.services.principal import Context, Principal, principal
 from coordinator.services.projects import ProjectCalls, find_project
 from coordinator.store import tables
@@ -116,7 +117,7 @@ class AdminService(ProjectCalls, admin_pb2_grpc.AdminServiceServicer):
             return row
 
         row = await self._store.write(work)
-        self._notifier.notify("endpoints")
+        self._notifier.notify(CHANGED, "endpoints")
         return admin_pb2.RevokeKeyResponse(key=messages.key(row))
 
     async def GetStatus(self, request: admin_pb2.GetStatusRequest, context: Context) -> admin_pb2.GetStatusResponse:

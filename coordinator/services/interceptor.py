@@ -11,33 +11,16 @@ import grpc
 from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
-from sqlmodel import Session, select
 
 from common.errors import Internal, LuthierError, PermissionDenied, Unauthenticated
-from coordinator.jobs.tokens import sha256
-from coordinator.services.principal import NEEDS, OPEN, VIEWER, Context, Principal, current
-from coordinator.store import tables
-from coordinator.store.database import Store
-from coordinator.store.tables import now
+from coordinator.services.keys import Keys
+from coordinator.services.principal import NEEDS, OPEN, VIEWER, Context, current
 from luthier.v1 import admin_pb2
 
 log = logging.getLogger(__name__)
 
 DOMAIN = "luthier"
 """Domain of the ErrorInfo of every error."""
-
-
-def find_key(session: Session, token: str) -> Principal:
-    """The key behind a token; Unauthenticated, saying why, where it does not count."""
-    row = session.exec(select(tables.ApiKey).where(tables.ApiKey.token_sha256 == sha256(token))).first()
-    if row is None:
-        raise Unauthenticated("this key is not known here", "KEY_UNKNOWN")
-    if row.revoke_time is not None:
-        raise Unauthenticated(f"key {row.display_name!r} was revoked", "KEY_REVOKED")
-    if row.expire_time is not None and row.expire_time <= now():
-        raise Unauthenticated(f"key {row.display_name!r} expired at {row.expire_time:%Y-%m-%d %H:%M} UTC", "KEY_EXPIRED")
-    role = admin_pb2.Role.ValueType(row.role)
-    return Principal(row.project_id, row.id, row.display_name, role)
 
 
 def to_status(error: LuthierError) -> status_pb2.Status:
@@ -61,8 +44,8 @@ def to_status(error: LuthierError) -> status_pb2.Status:
 class Guard(grpc.aio.ServerInterceptor):
     """Authenticates, authorises, and turns exceptions into statuses."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
 
     async def intercept_service(
         self,
@@ -86,7 +69,7 @@ class Guard(grpc.aio.ServerInterceptor):
         scheme, _, token = str(headers.get("authorization", "")).partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise Unauthenticated("no key: send the metadata `authorization: Bearer lut_…` (LUTHIER_TOKEN)", "KEY_MISSING")
-        who = await self._store.read(lambda session: find_key(session, token))
+        who = await self._keys.find(token)
         needed = VIEWER if "ServerReflection" in details.method else NEEDS.get(details.method)
         if needed is None or who.role < needed:
             word = admin_pb2.Role.Name(needed).removeprefix("ROLE_").lower() if needed else "that does not exist"

@@ -8,13 +8,14 @@ from datetime import datetime
 from sqlalchemy import tuple_
 from sqlmodel import Session, col, select
 
-from common.errors import InvalidArgument, Violation
+from common.errors import InvalidArgument, LuthierError, Violation
 from coordinator import messages
-from coordinator.jobs import create
+from coordinator.jobs import create, submit
 from coordinator.jobs.change import Change
 from coordinator.jobs.resolve import resolve
 from coordinator.jobs.resources import fill_in
 from coordinator.jobs.states import EndReason
+from coordinator.jobs.submit import Submission
 from coordinator.jobs.validate import validate
 from coordinator.jobs.wishes import wish_end, wish_pause, wish_resume
 from coordinator.services import paging
@@ -35,18 +36,26 @@ class JobService(JobHistory):
         if len(request.request_id) > 128:
             raise InvalidArgument.of([Violation("request_id", "longer than 128 characters")])
         identity = create.request_of(who.project, who.display_name, request)
-        row = await self._store.read(lambda session: create.earlier(session, identity))
-        if row is not None:
-            return job_pb2.CreateJobResponse(job=messages.job(row))
         job = job_pb2.Job()
         job.CopyFrom(request.job)
-        validate(job)
-        capacity = self._reconciler.queue.capacity
-        fill_in(job, capacity is not None and capacity.total.gpus > 0)
-        resolved = await resolve(self._store, who.project, job, paths_allowed=who.role >= OPERATOR)
+        try:
+            validate(job)
+            capacity = self._reconciler.queue.capacity
+            fill_in(job, capacity is not None and capacity.total.gpus > 0)
+            resolved = await resolve(self._store, who.project, job, paths_allowed=who.role >= OPERATOR)
+        except LuthierError:
+            # Said again, a request gets the job that it made, even where it could not make one now.
+            before = await self._store.read(lambda session: create.earlier(session, identity))
+            if before is None:
+                raise
+            return job_pb2.CreateJobResponse(job=messages.job(before))
         if request.validate_only:
-            return job_pb2.CreateJobResponse(job=job)
-        row = await self._store.write(lambda session: create.insert(session, identity, job, resolved))
+            before = await self._store.read(lambda session: create.earlier(session, identity))
+            return job_pb2.CreateJobResponse(job=messages.job(before) if before is not None else job)
+        if job.after:
+            row = await self._store.write(lambda session: create.insert(session, identity, job, resolved))
+        else:
+            row = await self._store.write_together(submit.record, Submission.of(identity, job, resolved))
         self._notifier.notify("scheduler")
         return job_pb2.CreateJobResponse(job=messages.job(row))
 

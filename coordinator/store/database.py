@@ -6,7 +6,7 @@ A transaction never waits for anything but the database: no Ray, no network, no 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, cast
 
@@ -18,6 +18,7 @@ from coordinator.store.faults import is_disconnect, is_fault, unreadable
 from coordinator.store.writer import Entry, Writer
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 class Store:
@@ -57,6 +58,15 @@ class Store:
     async def write(self, work: Callable[[Session], T]) -> T:
         """Run `work` in a writing transaction; when this returns, it is durable."""
         entry = Entry(work, asyncio.get_running_loop())
+        self._writer.submit(entry)
+        return await cast("asyncio.Future[T]", entry.future)
+
+    async def write_together(self, batch: Callable[[Session, list[Item]], Sequence[T | Exception]], item: Item) -> T:
+        """Record `item`, by one call of `batch` for it and for those that wait beside it; when this returns, it is durable.
+
+        `batch` gives each item its result, or the exception that its caller gets. Where it raises, it is called for each alone.
+        """
+        entry = Entry.of_item(batch, item, asyncio.get_running_loop())
         self._writer.submit(entry)
         return await cast("asyncio.Future[T]", entry.future)
 

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -30,6 +30,12 @@ log = logging.getLogger(__name__)
 GROUP = 64
 """Functions that share a commit, at most."""
 
+CROWD = 4
+"""More than so many in a group, and there are more to come."""
+
+LINGER_SECONDS = 0.002
+"""Where writers came together just now, the next one waits so long for others to join him."""
+
 GROUP_SECONDS = 0.05
 """After so long no further function joins a group: the first of it waits for the last."""
 
@@ -40,15 +46,35 @@ ASK_SECONDS = 5.0
 """How long PostgreSQL is asked whether a commit that broke off took place."""
 
 
+Batch = Callable[[Session, list[Any]], Sequence[Any]]
+"""Does for many items what they would each have done alone, in fewer statements; gives each its result or its exception."""
+
+
 class Entry:
     """A function that waits, and whom to tell what became of it."""
 
     def __init__(self, work: Callable[[Session], Any], loop: asyncio.AbstractEventLoop | None = None) -> None:
         self.work = work
+        self.batch: Batch | None = None
+        self.item: Any = None
         self.loop = loop
         self.future: asyncio.Future[Any] | Future[Any] = loop.create_future() if loop else Future()
         self.result: Any = None
         self.error: BaseException | None = None
+
+    @classmethod
+    def of_item(cls, batch: Batch, item: Any, loop: asyncio.AbstractEventLoop | None = None) -> Entry:
+        """An item that is recorded together with its neighbours where they go by the same function."""
+
+        def alone(session: Session) -> Any:
+            (outcome,) = batch(session, [item])
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        entry = cls(alone, loop)
+        entry.batch, entry.item = batch, item
+        return entry
 
     def settle(self) -> None:
         """Tell the caller, unless he has gone."""
@@ -87,7 +113,10 @@ class Writer:
         self._thread.join()
 
     def _serve(self) -> None:
+        crowded = False
         while (first := self._waiting.get()) is not None:
+            if crowded and self._waiting.qsize() < GROUP // 2:
+                time.sleep(LINGER_SECONDS)
             group = [first]
             try:
                 self._record(group)
@@ -96,6 +125,7 @@ class Writer:
                 for entry in group:
                     entry.error = entry.error or error
             _answer(group)
+            crowded = len(group) > CROWD
 
     def _record(self, group: list[Entry]) -> None:
         """Run the group and what joins it meanwhile; afterwards each of it has its result or its error."""
@@ -137,8 +167,13 @@ class Writer:
             number, recorded = 0, False
             try:
                 while number < len(group) or (joinable and self._join(group, deadline)):
-                    recorded |= _run(connection, group[number], savepoint=recorded)
-                    number += 1
+                    end = number + 1
+                    while group[number].batch and (end < len(group) or (joinable and self._join(group, deadline))):
+                        if group[end].batch is not group[number].batch:
+                            break
+                        end += 1
+                    recorded |= _run_together(connection, group[number:end], savepoint=recorded)
+                    number = end
                 self._commit(connection, group)
             except SQLAlchemyError:
                 connection.invalidate()  # in whatever state it is: the next one gets another
@@ -220,6 +255,31 @@ class _Closed(Exception):
         self.cause = cause
 
 
+def _run_together(connection: Connection, entries: list[Entry], savepoint: bool) -> bool:
+    """Run neighbours by their common function, or one by one where that fails; as `_run` otherwise."""
+    entries = [entry for entry in entries if not entry.future.cancelled()]
+    batch = entries[0].batch if entries else None
+    if batch is None or len(entries) == 1:
+        return bool(entries) and _run(connection, entries[0], savepoint)
+    try:
+        with _session(connection, savepoint) as session:
+            outcomes = batch(session, [entry.item for entry in entries])
+            session.flush()
+        _keep(connection, savepoint)
+    except Exception as error:
+        if is_fault(error):
+            raise
+        _take_back(connection, savepoint)
+        recorded = False
+        for entry in entries:
+            recorded |= _run(connection, entry, savepoint or recorded)
+        return recorded
+    for entry, outcome in zip(entries, outcomes, strict=True):
+        entry.error = outcome if isinstance(outcome, Exception) else None
+        entry.result = outcome
+    return True
+
+
 def _run(connection: Connection, entry: Entry, savepoint: bool) -> bool:
     """Run one function. True if what it did is to be committed; raises a fault of the database, which concerns the whole group.
 
@@ -230,16 +290,11 @@ def _run(connection: Connection, entry: Entry, savepoint: bool) -> bool:
     if entry.future.cancelled():
         return False
     for last in (False, True):
-        if savepoint:
-            connection.begin_nested()
-        elif not connection.in_transaction():
-            connection.begin()
         try:
-            with Session(connection, expire_on_commit=False, join_transaction_mode="rollback_only") as session:
+            with _session(connection, savepoint) as session:
                 entry.result = entry.work(session)
                 session.flush()
-            if savepoint:
-                connection.get_nested_transaction().commit()  # type: ignore[union-attr]
+            _keep(connection, savepoint)
             return True
         except Exception as error:
             if is_fault(error):
@@ -249,6 +304,21 @@ def _run(connection: Connection, entry: Entry, savepoint: bool) -> bool:
                 entry.error = error
                 return False
     raise AssertionError("unreachable")
+
+
+def _session(connection: Connection, savepoint: bool) -> Session:
+    """A session of its own for each function: what one loads, changes or expires is nobody else's."""
+    if savepoint:
+        connection.begin_nested()
+    elif not connection.in_transaction():
+        connection.begin()
+    return Session(connection, expire_on_commit=False, join_transaction_mode="rollback_only")
+
+
+def _keep(connection: Connection, savepoint: bool) -> None:
+    transaction = connection.get_nested_transaction() if savepoint else None
+    if transaction is not None:
+        transaction.commit()
 
 
 def _take_back(connection: Connection, savepoint: bool) -> None:

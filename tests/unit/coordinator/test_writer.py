@@ -300,3 +300,55 @@ def test_a_zero_byte_in_what_a_process_wrote_stops_nothing(store: Store, new_job
     query = select(tables.Job).where(labels == "another")
     assert store.read_now(lambda session: session.exec(query).all()) == []
     assert job_pb2.Job(labels=store.read_now(lambda session: session.get_one(tables.Job, job.uid)).labels).labels["team"]
+
+
+class Batches:
+    """Records items together, and remembers which came together."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[str]] = []
+
+    def __call__(self, session: Session, items: list[str]) -> list[str | FailedPrecondition]:
+        self.seen.append(list(items))
+        for item in items:
+            put(item)(session)
+        session.flush()
+        return [FailedPrecondition(item) if item.startswith("refused") else item for item in items]
+
+
+async def written_together(store: Store, batches: Batches, items: list[str]) -> list[Any]:
+    with held(store):
+        tasks = [asyncio.ensure_future(store.write_together(batches, item)) for item in items]
+        await asyncio.sleep(0)
+    return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_neighbours_are_recorded_by_one_call(store: Store) -> None:
+    batches = Batches()
+    results = await written_together(store, batches, ["a", "refused", "b"])
+    assert batches.seen == [["a", "refused", "b"]]
+    assert (results[0], str(results[1]), results[2]) == ("a", "refused", "b")
+    assert isinstance(results[1], FailedPrecondition)
+
+
+async def test_where_together_fails_each_is_recorded_alone(store: Store) -> None:
+    batches = Batches()
+    results = await written_together(store, batches, ["a", "secret", "b"])  # "secret" is there already
+    assert batches.seen[:2] == [["a", "secret", "b"], ["a"]]
+    assert (results[0], results[2]) == ("a", "b")
+    assert type(results[1]).__name__ == "IntegrityError"
+    assert facts(store).keys() >= {"a", "b"}
+
+
+async def test_what_stands_between_neighbours_keeps_its_place(store: Store) -> None:
+    batches = Batches()
+    with held(store):
+        first = [asyncio.ensure_future(store.write_together(batches, item)) for item in ("a", "b")]
+        await asyncio.sleep(0)
+        between = asyncio.ensure_future(store.write(append("b", "seen")))
+        await asyncio.sleep(0)
+        last = asyncio.ensure_future(store.write_together(batches, "c"))
+        await asyncio.sleep(0)
+    await asyncio.gather(*first, between, last)
+    assert batches.seen == [["a", "b"], ["c"]]
+    assert facts(store)["b"] == " seen"
