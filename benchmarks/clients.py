@@ -34,6 +34,7 @@ async def load(address: str, token: str, clients: int, seconds: float) -> dict[s
     before, after = request_bytes()
     metadata = (("authorization", f"Bearer {token}"),)
     latencies: list[float] = []
+    failed: list[str] = []
     async with grpc.aio.insecure_channel(address) as channel:
         call = channel.unary_unary(METHOD)
         prefix, cpu = os.urandom(8).hex(), time.process_time()
@@ -44,15 +45,21 @@ async def load(address: str, token: str, clients: int, seconds: float) -> dict[s
             count = 0
             while (begun := time.perf_counter()) < end:
                 request_id = f"{prefix}{number:06d}{count:010d}".encode()
-                await call(before + request_id + after, metadata=metadata)
-                latencies.append(time.perf_counter() - begun)
+                try:
+                    await call(before + request_id + after, metadata=metadata)
+                    latencies.append(time.perf_counter() - begun)
+                except grpc.RpcError as error:
+                    failed.append(f"{error.code()} {error.details()}")
                 count += 1
 
         await asyncio.gather(*(client(number) for number in range(clients)))
         taken = time.perf_counter() - started
     latencies.sort()
+    if failed:
+        print(f"{len(failed)} calls failed, the first with {failed[0]}", file=sys.stderr, flush=True)
     return {
         "calls": len(latencies),
+        "failed": len(failed),
         "per_second": len(latencies) / taken,
         "p50_ms": latencies[len(latencies) // 2] * 1000,
         "p99_ms": latencies[int(len(latencies) * 0.99)] * 1000,

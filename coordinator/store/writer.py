@@ -287,8 +287,6 @@ def _run(connection: Connection, entry: Entry, savepoint: bool) -> bool:
     runs once more and then finds what was faster.
     """
     entry.error = None
-    if entry.future.cancelled():
-        return False
     for last in (False, True):
         try:
             with _session(connection, savepoint) as session:
