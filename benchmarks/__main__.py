@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks import submit
+from benchmarks import submit, submits
 
 if __name__ == "__main__":
     submit.main()
+    submits.main()
