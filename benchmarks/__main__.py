@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from benchmarks import submit, submits
+from benchmarks import schedule, simulate, submit, submits
 
 if __name__ == "__main__":
     submit.main()
     submits.main()
+    schedule.main()
+    simulate.main()

@@ -81,17 +81,17 @@ class Need:
 
 
 class Needs:
-    """The shapes of one round, on the nodes of the cluster."""
+    """The shapes of one round, on the nodes of the cluster. `nodes` is what these have."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
-        self._nodes = [(ticks(node.total.cpus), ticks(node.total.gpus)) for node in nodes]
-        self._whole = Counter(self._nodes)
+        self.nodes = [(ticks(node.total.cpus), ticks(node.total.gpus)) for node in nodes]
+        self._whole = Counter(self.nodes)
         self._beside = self._whole
         self._known: dict[tuple[float, float, float, float, int, int], Need] = {}
 
     def endpoints_hold(self, held: Iterable[tuple[int, int]]) -> None:
         """Say what endpoints hold of each node: no waiting job can count on ever having that."""
-        self._beside = Counter((cpus - taken[0], gpus - taken[1]) for (cpus, gpus), taken in zip(self._nodes, held, strict=True))
+        self._beside = Counter((cpus - taken[0], gpus - taken[1]) for (cpus, gpus), taken in zip(self.nodes, held, strict=True))
 
     def of(self, shape: Shape) -> Need:
         """What this shape needs; the same object for an equal shape. What `never` says is left open."""
@@ -109,7 +109,7 @@ class Needs:
         need = self._known.get((driver.cpus, driver.gpus, worker.cpus, worker.gpus, shape.most, shape.least))
         if need is None or need.never is None:
             need = self.of(shape)
-            need.never = self._why_never(need) if self._nodes and _most_workers(need, self._beside) < need.least else ""
+            need.never = self._why_never(need) if self.nodes and _most_workers(need, self._beside) < need.least else ""
         return need
 
     def _why_never(self, need: Need) -> str:

@@ -21,7 +21,7 @@ from coordinator.scheduling import explain
 from coordinator.scheduling.model import Demand, Holding, Situation, Terms, Waiting
 from coordinator.scheduling.needs import HUGE, TICKS, Need, Needs, demand, ticks
 
-AGEING_SECONDS = 12 * 3600.0
+AGEING_SECONDS = 6 * 3600.0
 """Waiting so long is worth one point of priority."""
 
 HALF_LIFE_SECONDS = 24 * 3600.0

@@ -166,27 +166,32 @@ def parts(need: Need, place: Place) -> list[Part]:
     return [(node, *need.part(workers, driver)) for node, workers, driver in place]
 
 
-def lay_out(room: Room, holdings: Iterable[tuple[Holding, Need]], numbers: dict[str, int]) -> dict[str, list[Part]]:
-    """Take from the room what is held, and say where each holding lies.
+def lay_out(
+    nodes: Sequence[tuple[int, int]], holdings: Iterable[tuple[Holding, Need]], numbers: dict[str, int]
+) -> tuple[Room, dict[str, list[Part]]]:
+    """What is free on nodes that have so much, and where each holding lies.
 
     Where the cluster says where a holding lies, it lies there; what it has on nodes that are gone holds nothing any more. The
     others are packed by best fit, largest first. What finds no room that way, although it does run, is taken piecemeal from what
     is free, so that the totals are right.
     """
+    cpus, gpus = [node[0] for node in nodes], [node[1] for node in nodes]
     where: dict[str, list[Part]] = {}
     unknown = []
     for holding, need in holdings:
         if holding.spots:
             known = [(numbers[spot.node], *_spot(need, spot)) for spot in holding.spots if spot.node in numbers]
-            for node, cpus, gpus in known:
-                room.set(node, max(room.cpus[node] - cpus, 0), max(room.gpus[node] - gpus, 0))
+            for node, some_cpus, some_gpus in known:
+                cpus[node] -= some_cpus
+                gpus[node] -= some_gpus
             where[holding.uid] = known
         else:
             unknown.append((holding, need))
+    room = Room([max(each, 0) for each in cpus], [max(each, 0) for each in gpus])
     for holding, need in sorted(unknown, key=_largest_first):
         place = room.place(need, holding.workers, holding.workers)
         where[holding.uid] = _piecemeal(room, *need.part(holding.workers, True)) if place is None else parts(need, place)
-    return where
+    return room, where
 
 
 def _spot(need: Need, spot: Spot) -> tuple[int, int]:

@@ -19,9 +19,9 @@ from functools import cached_property
 from coordinator.scheduling import explain, forecast, order, preempt
 from coordinator.scheduling.board import Board, Release
 from coordinator.scheduling.model import Decision, Holding, Plan, Preemption, Situation, Spot, Waiting
-from coordinator.scheduling.needs import Need, Needs, demand, ticks
+from coordinator.scheduling.needs import Need, Needs, demand
 from coordinator.scheduling.order import Queued, Row
-from coordinator.scheduling.packing import Part, Place, Room, Tally, lay_out
+from coordinator.scheduling.packing import Part, Place, Tally, lay_out
 
 ATTEMPTS = 32
 """So many jobs a round may look for victims in vain. Bounds the time of a round; those ahead in the queue look first."""
@@ -45,12 +45,11 @@ class Round:
         self.now = situation.now
         self.nodes = sorted(situation.nodes or (), key=lambda node: node.id)
         self.numbers = {node.id: number for number, node in enumerate(self.nodes)}
-        self.cluster = (sum(ticks(node.total.cpus) for node in self.nodes), sum(ticks(node.total.gpus) for node in self.nodes))
         self.holdings = sorted(situation.holding, key=lambda holding: holding.uid)
         self.needs = Needs(self.nodes)
+        self.cluster = (sum(node[0] for node in self.needs.nodes), sum(node[1] for node in self.needs.nodes))
         own = {holding.uid: self.needs.of(holding.shape) for holding in self.holdings}
-        room = Room(*([ticks(getattr(node.total, kind)) for node in self.nodes] for kind in ("cpus", "gpus")))
-        where = lay_out(room, [(each, own[each.uid]) for each in self.holdings], self.numbers)
+        room, where = lay_out(self.needs.nodes, [(each, own[each.uid]) for each in self.holdings], self.numbers)
         self.needs.endpoints_hold(_on_nodes(len(self.nodes), (where[each.uid] for each in self.holdings if each.lasting)))
         self.accounts = order.accounts(situation, own)
         self.covers = order.covers(self.holdings, own, self.accounts)

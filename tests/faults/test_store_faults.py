@@ -188,7 +188,7 @@ def test_a_crash_of_the_server_is_survived(fresh: Fresh, postgres: Postgres, pos
     assert "Traceback" not in process.log()
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.postgres
 def test_after_a_restart_the_rate_is_what_it_was(fresh: Fresh, postgres: Postgres, postgres_url: str) -> None:
     process = fresh(store_url=postgres_url).start()

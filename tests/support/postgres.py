@@ -105,15 +105,23 @@ class Postgres:
         if not self._durable:
             settings |= {"fsync": "off", "full_page_writes": "off"}
         arguments = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
-        with (self.home / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [self._bin / "postgres", "-D", self.home / "data", *arguments],
-                cwd=self.home, env=self._environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                preexec_fn=_end_with_parent, **self._as,
-            )  # fmt: skip
-        self._wait_until_it_answers()
+        for last in (False, False, True):
+            with (self.home / "server.log").open("ab") as log:
+                self.process = subprocess.Popen(
+                    [self._bin / "postgres", "-D", self.home / "data", *arguments],
+                    cwd=self.home, env=self._environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    preexec_fn=_end_with_parent, **self._as,
+                )  # fmt: skip
+            # After a crash, what is left of the old server, or somebody on its port, may be in the way for a moment.
+            if self._answers():
+                return
+            self.halt(signal.SIGQUIT)
+            if not last:
+                time.sleep(1.0)
+        raise RuntimeError(f"PostgreSQL does not answer: {self.log()[-2000:]}")
 
-    def _wait_until_it_answers(self, seconds: float = 60.0) -> None:
+    def _answers(self, seconds: float = 60.0) -> bool:
+        """Wait until the server answers; False where it ended, or does not within the time."""
         assert self.process is not None
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -124,8 +132,8 @@ class Postgres:
             except psycopg.OperationalError:
                 time.sleep(0.05)
             else:
-                return
-        raise RuntimeError(f"PostgreSQL does not answer: {self.log()[-2000:]}")
+                return True
+        return False
 
     def halt(self, how: signal.Signals = signal.SIGINT) -> None:
         """End the server: SIGINT disconnects everyone and writes everything out, SIGQUIT is a crash."""

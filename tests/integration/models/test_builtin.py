@@ -106,6 +106,7 @@ class Recorder:
     def __init__(self):
         self.phases, self.logs = [], []
         self.wished, self.wish_reason = threading.Event(), job_pb2.END_REASON_USER
+        self.wish = agent_pb2.WISH_UNSPECIFIED
 
     phase = lambda self, phase, message="": self.phases.append(phase)  # noqa: E731
     log = lambda self, level, message, when=None: self.logs.append((level, message))  # noqa: E731
