@@ -13,9 +13,10 @@ TURN = "its turn: jobs ahead of it in the queue"
 MAKING_ROOM = "jobs that are saving their work to make room for it"
 
 
-def amounts(demand: Demand) -> str:
-    """Both resources, also where there are no GPUs."""
-    return f"{max(demand.cpus, 0):g} CPUs and {max(demand.gpus, 0):g} GPUs"
+def amounts(demand: Demand, needed: Demand) -> str:
+    """How much there is of what is needed: GPUs are named to whoever wants some."""
+    cpus = f"{max(demand.cpus, 0):g} CPUs"
+    return f"{cpus} and {max(demand.gpus, 0):g} GPUs" if needed.gpus else cpus
 
 
 def pause(until: float) -> str:
@@ -43,7 +44,7 @@ def larger_cluster(shape: Shape, cluster: Demand, room: int) -> str:
 
 def beside_endpoints(total: Demand, left: Demand) -> str:
     """A job that only the endpoints keep from ever starting."""
-    return f"endpoints to give room: needs {total}, they leave {amounts(left)}"
+    return f"endpoints to give room: needs {total}, they leave {amounts(left, total)}"
 
 
 def limit_too_low(total: Demand, limit: Demand) -> str:
@@ -76,10 +77,10 @@ def room(shape: Shape, free: Demand, largest: Demand, workers: int) -> str:
     """
     total = shape.total(shape.least)
     if not total.fits(free):
-        return f"{total}; {amounts(free)} are free"
+        return f"{total}; {amounts(free, total)} are free"
     for unit in (shape.worker, shape.driver) if shape.most else (shape.driver,):
         if not unit.fits(largest):
-            return f"a node with {unit} free; the most on one node is {amounts(largest)}"
+            return f"a node with {unit} free; the most on one node is {amounts(largest, unit)}"
     if shape.least > 1:
         return f"room on single nodes for {shape.least} workers of {shape.worker} each; there is room for {workers}"
     return f"a node with {shape.worker if shape.most else shape.driver} free at once; what is free lies on several nodes"

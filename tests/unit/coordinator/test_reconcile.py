@@ -79,7 +79,7 @@ async def test_what_fits_is_started_once_and_the_rest_says_what_it_waits_for(
     await loop.round()
     assert list(ray.jobs) == [submission_id(first.uid, 1)]
     assert (job_of(store, first).state, job_of(store, second).state) == ("STARTING", "QUEUED")
-    assert loop.queue.decisions[second.uid].reason == "3.25 CPUs; 0.75 CPUs and 0 GPUs are free"
+    assert loop.queue.decisions[second.uid].reason == "3.25 CPUs; 0.75 CPUs are free"
 
 
 async def test_nothing_that_a_user_wrote_reaches_the_command_line(loop: Reconciler, ray: FakeRay, new_job: NewJob) -> None:

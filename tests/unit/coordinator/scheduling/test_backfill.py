@@ -119,7 +119,7 @@ def test_what_can_never_run_holds_nobody_up():
 def test_what_endpoints_keep_from_ever_running_holds_nobody_up():
     found = plan(situation([job("whole", 4, age=9), job("small", 1)], [held("endpoint", 1.0, lasting=True)]))
     assert started(found) == ["small"]
-    assert decided(found)["whole"].reason == "endpoints to give room: needs 4 CPUs, they leave 3 CPUs and 0 GPUs"
+    assert decided(found)["whole"].reason == "endpoints to give room: needs 4 CPUs, they leave 3 CPUs"
 
 
 rows = st.lists(

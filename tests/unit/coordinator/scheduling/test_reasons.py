@@ -33,13 +33,13 @@ def test_what_waits_beside_the_queue_says_what_would_have_to_change(waiting, sai
 @pytest.mark.parametrize(
     ("waiting", "holding", "cluster", "said"),
     [
-        (job("j", 2), [held("x", 3.5)], nodes((4, 0)), "2 CPUs; 0.5 CPUs and 0 GPUs are free"),
+        (job("j", 2), [held("x", 3.5)], nodes((4, 0)), "2 CPUs; 0.5 CPUs are free"),
         (job("j", one(2, 1)), [held("x", one(3.5, 2))], nodes((4, 2)), "2 CPUs and 1 GPUs; 0.5 CPUs and 0 GPUs are free"),
         (
             job("j", gang(1, 3)),
             [held("x", 2.0, node="n0"), held("y", 2.0, node="n1")],
             nodes((4, 0), (4, 2)),
-            "a node with 3 CPUs free; the most on one node is 2 CPUs and 2 GPUs",
+            "a node with 3 CPUs free; the most on one node is 2 CPUs",
         ),
         (
             job("j", gang(3, 2)),
