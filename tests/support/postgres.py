@@ -110,7 +110,7 @@ class Postgres:
                 self.process = subprocess.Popen(
                     [self._bin / "postgres", "-D", self.home / "data", *arguments],
                     cwd=self.home, env=self._environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                    preexec_fn=_end_with_parent, **self._as,
+                    preexec_fn=_end_with_parent, start_new_session=True, **self._as,
                 )  # fmt: skip
             # After a crash, what is left of the old server, or somebody on its port, may be in the way for a moment.
             if self._answers():
