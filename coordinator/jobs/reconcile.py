@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
@@ -50,6 +50,12 @@ CANCEL_GRACE = timedelta(seconds=20)
 
 PAUSE_GRACE = timedelta(minutes=10)
 """How long a run may take to save and stop. After that it is ended, and goes on from the checkpoint before."""
+
+LEAVE_GRACE = timedelta(seconds=20)
+"""How long the process of a run that has told its outcome may take to leave before Ray is told to end it."""
+
+LEAVES = "its run before to leave the cluster"
+"""Why a job waits whose last run has ended by its own word, but not by Ray's."""
 
 REASONS_A_ROUND = 200
 """Events about what jobs wait for that one round writes at most."""
@@ -118,14 +124,31 @@ class Reconciler:
         nodes = capacity.nodes if capacity else None
         situation = await self._store.read(lambda session: read(session, nodes, now()))
         decided = await asyncio.to_thread(plan, situation)
+        decisions = await self._behind_their_runs(decided.decisions)
         held = sum((holding.held for holding in situation.holding), Demand())
-        self.queue = Queue({decision.uid: decision for decision in decided.decisions}, capacity, held)
+        self.queue = Queue({decision.uid: decision for decision in decisions}, capacity, held)
         for preemption in decided.preemptions:
             await self._preempt(preemption)
-        for decision in decided.decisions:
+        for decision in decisions:
             if decision.start:
                 await self._launch(decision)
-        await self._tell_reasons(decided.decisions)
+        await self._tell_reasons(decisions)
+
+    async def _behind_their_runs(self, decisions: Sequence[Decision]) -> Sequence[Decision]:
+        """Hold back what may start but whose run before is still there: it has told its outcome, and takes its time to leave."""
+        starting = [decision.uid for decision in decisions if decision.start]
+        before = await self._store.read(lambda session: _runs_before(session, starting)) if starting else []
+        if not before:
+            return decisions
+        submissions = await asyncio.to_thread(self._cluster.submissions)
+        there = set()
+        for run in before:
+            submission = submissions.get(run.submission_id)
+            if submission is not None and not submission.ended:
+                there.add(run.job_uid)
+                if run.end_time is not None and now() - run.end_time > LEAVE_GRACE:
+                    await asyncio.to_thread(self._cluster.stop, run.submission_id)
+        return [replace(each, start=False, reason=LEAVES) if each.uid in there else each for each in decisions]
 
     async def _preempt(self, preemption: Preemption) -> None:
         def work(session: Session) -> bool:
@@ -243,6 +266,12 @@ class Reconciler:
 def _last_reports(session: Session, jobs: Sequence[Job]) -> dict[tuple[str, int], datetime | None]:
     query = select(JobRun).where(col(JobRun.job_uid).in_([job.uid for job in jobs]), col(JobRun.end_time).is_(None))
     return {(run.job_uid, run.run): run.report_time for run in session.exec(query).all()}
+
+
+def _runs_before(session: Session, uids: Sequence[str]) -> Sequence[JobRun]:
+    """The last run of each of some jobs, where it had one."""
+    query = select(JobRun).join(Job, col(Job.uid) == col(JobRun.job_uid)).where(col(Job.uid).in_(uids), JobRun.run == Job.run)
+    return session.exec(query).all()
 
 
 def _told_reasons(session: Session) -> dict[str, str]:

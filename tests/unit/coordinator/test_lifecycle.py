@@ -13,7 +13,7 @@ from sqlmodel import Session, col, select
 from common.errors import Aborted, FailedPrecondition, InvalidArgument
 from coordinator.cluster.launcher import Launcher, submission_id
 from coordinator.cluster.ray_cluster import Submission
-from coordinator.jobs import report
+from coordinator.jobs import reconcile, report
 from coordinator.jobs.change import Change
 from coordinator.jobs.reconcile import PAUSE_GRACE, Reconciler
 from coordinator.jobs.states import EndReason
@@ -90,6 +90,11 @@ class Agent:
         return self.say(outcome=outcome)
 
 
+def leaves(ray: FakeRay, job: tables.Job, run: int = 1) -> None:
+    """The process of a run is gone, as Ray sees it."""
+    ray.jobs[submission_id(job.uid, run)] = Submission("SUCCEEDED", "")
+
+
 async def test_a_running_job_saves_is_paused_and_goes_on_from_there(
     loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob
 ) -> None:
@@ -107,6 +112,7 @@ async def test_a_running_job_saves_is_paused_and_goes_on_from_there(
     await loop.round()
     assert now_of(store, job).state == "PAUSED"
     store.write_now(lambda session: wish_resume(session, job.uid))
+    leaves(ray, job)
     await loop.round()
     assert (now_of(store, job).state, run_of(store, job, 2).resumed_step) == ("STARTING", 40)
     assert submission_id(job.uid, 2) in ray.jobs
@@ -210,7 +216,9 @@ def test_what_has_ended_is_neither_paused_nor_resumed(
         store.write_now(lambda session: wish(session, job.uid))
 
 
-async def test_out_of_memory_means_another_try_with_smaller_portions(loop: Reconciler, store: Store, new_job: NewJob) -> None:
+async def test_out_of_memory_means_another_try_with_smaller_portions(
+    loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob
+) -> None:
     job = new_job()
     await loop.round()
     agent = Agent(store, job)
@@ -223,6 +231,7 @@ async def test_out_of_memory_means_another_try_with_smaller_portions(loop: Recon
     await loop.round()
     assert now_of(store, job).state == "QUEUED"
     set_columns(store, job, not_before=tables.now())
+    leaves(ray, job)
     await loop.round()
     assert run_of(store, job, 2).resumed_step == 3
 
@@ -241,6 +250,41 @@ async def test_a_signal_from_outside_is_a_fault_and_not_a_cancellation(loop: Rec
     row = Agent(store, job).ends("CANCELLED", "USER")
     assert (row.state, row.attempt) == ("QUEUED", 1)
     assert run_of(store, job).error["code"] == "STOPPED_FROM_OUTSIDE"
+
+
+@pytest.mark.parametrize(("state", "reason"), [("PAUSED", "UNSPECIFIED"), ("FAILED", "NODE_LOST")])
+async def test_the_next_run_waits_until_ray_says_that_the_one_before_has_left(
+    loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob, state: str, reason: str
+) -> None:
+    job = new_job()
+    await loop.round()
+    agent = Agent(store, job)
+    store.write_now(lambda session: wish_pause(session, job.uid, EndReason.PREEMPTED))
+    assert agent.ends(state, reason, "LOST" if reason != "UNSPECIFIED" else "").state == "QUEUED"
+    await loop.round()
+    row = now_of(store, job)
+    assert (row.state, row.run, row.queue_reason) == ("QUEUED", 1, "its run before to leave the cluster")
+    assert loop.queue.decisions[job.uid].reason == row.queue_reason
+    leaves(ray, job)
+    await loop.round()
+    assert (now_of(store, job).state, now_of(store, job).run) == ("STARTING", 2)
+
+
+async def test_a_run_that_does_not_leave_after_its_outcome_is_ended(
+    loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = new_job()
+    await loop.round()
+    agent = Agent(store, job)
+    store.write_now(lambda session: wish_pause(session, job.uid, EndReason.PREEMPTED))
+    agent.ends("PAUSED")
+    await loop.round()
+    assert not ray.stopped
+    monkeypatch.setattr(reconcile, "LEAVE_GRACE", timedelta(0))
+    await loop.round()
+    assert ray.stopped == [submission_id(job.uid, 1)]
+    await loop.round()
+    assert submission_id(job.uid, 2) in ray.jobs
 
 
 async def test_a_zombie_of_an_earlier_run_is_refused(loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob) -> None:
