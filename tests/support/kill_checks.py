@@ -1,0 +1,109 @@
+"""What must hold after all the kills: read from the records, from Ray, and from what the agents' processes wrote down."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+from sqlalchemy import create_engine, text
+
+from cli.stack.state import RayState
+from coordinator.cluster.ray_cluster import ENDED
+from luthier.v1 import job_pb2
+from tests.support.kill_crowd import Acknowledged
+from tests.support.kill_plans import ENDS, SUCCEEDED, Plan
+
+
+def ray_jobs(ray: RayState) -> dict[str, str]:
+    """Ray's own word on every submission: its id and status."""
+    token = Path(ray.token_path).read_text().strip()
+    request = urllib.request.Request(f"{ray.address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
+        return {job["submission_id"]: job["status"] for job in json.load(answer) if job["submission_id"]}
+
+
+def all_ended(ray: RayState) -> bool:
+    """Whether Ray runs nothing any more."""
+    return all(status in ENDED for status in ray_jobs(ray).values())
+
+
+def wrong_in_answers(jobs: Sequence[Acknowledged], listed: Sequence[job_pb2.Job]) -> list[str]:
+    """What the API says of the jobs against what was acknowledged and planned."""
+    wrong = []
+    found = {job.name: job for job in listed}
+    if len(found) != len(listed) or len(found) != len(jobs):
+        wrong.append(f"{len(jobs)} jobs were acknowledged, {len(found)} are listed")
+    for each in jobs:
+        job = found.get(each.name)
+        if job is None:
+            wrong.append(f"{each.plan.name}: {each.name} was acknowledged and is lost")
+            continue
+        state = job_pb2.JobState.Name(job.state)
+        reason = job_pb2.EndReason.Name(job.end_reason).removeprefix("END_REASON_")
+        is_now = (state, reason, job.run, job.attempt)
+        planned = (each.plan.ends, each.plan.reason, each.plan.runs, each.plan.attempt)
+        if is_now != planned:
+            wrong.append(f"{each.plan.name} ({each.uid}): state, reason, runs and retries are {is_now}, not {planned}")
+    return wrong
+
+
+def wrong_in_records(store_url: str, jobs: Sequence[Acknowledged], ray: dict[str, str]) -> list[str]:
+    """The records themselves: events without gaps, one end, one model, one run a submission."""
+    wrong = []
+    engine = create_engine(store_url)
+    with engine.connect() as connection:
+        for each in jobs:
+            of_job = {"uid": each.uid}
+
+            def complain(said: str, plan: Plan = each.plan, uid: str = each.uid) -> None:
+                wrong.append(f"{plan.name} ({uid}): {said}")
+
+            asked = {"request": each.request.request_id}
+            made = connection.execute(text("select count(*) from job where request_id = :request"), asked).scalar_one()
+            if made != 1:
+                complain(f"its request made {made} jobs")
+            query = text("select sequence, state, run from job_event where job_uid = :uid order by sequence")
+            events = connection.execute(query, of_job).all()
+            numbers = [event.sequence for event in events]
+            if numbers != list(range(1, len(numbers) + 1)):
+                complain(f"its events are numbered {numbers}")
+            ends = [event.state for event in events if f"JOB_STATE_{event.state}" in ENDS]
+            if len(ends) != (each.plan.ends in ENDS):
+                complain(f"it ended {len(ends)} times: {ends}")
+            told = [(event.sequence, job_pb2.JobState.Name(event.state), event.run) for event in each.seen]
+            recorded = [(event.sequence, f"JOB_STATE_{event.state}", event.run) for event in events]
+            if told != recorded:
+                complain(f"its watcher saw {told}, recorded are {recorded}")
+            models = connection.execute(text("select count(*) from model_version where job_uid = :uid"), of_job).scalar_one()
+            if models != (each.plan.ends == SUCCEEDED):
+                complain(f"it has {models} models")
+            runs = connection.execute(text("select * from job_run where job_uid = :uid order by run"), of_job).all()
+            if [run.run for run in runs] != list(range(1, each.plan.runs + 1)):
+                complain(f"its runs are {[run.run for run in runs]}")
+            if any(run.end_time is None for run in runs):
+                complain("a run of it has no end")
+            if not {run.submission_id for run in runs}.issuperset(id_ for id_ in ray if each.uid in id_):
+                complain("Ray has a run of it that is not recorded")
+    engine.dispose()
+    return wrong
+
+
+def wrong_on_the_cluster(folder: Path, jobs: Sequence[Acknowledged]) -> list[str]:
+    """What the agents' processes wrote down: each run was begun once, and no two of a job were there at a time."""
+    wrong = []
+    for each in jobs:
+        path = folder / f"{each.uid}.seen"
+        lines = [line.split(" ", 3) for line in path.read_text().splitlines()] if path.exists() else []
+        seen = [(int(run), word) for _, _, run, word in lines]
+        story = f"{each.plan.name} ({each.uid}): {[(when, pid, run, word) for when, pid, run, word in lines]}"
+        for word in ("starts", "begins"):
+            runs = [run for run, said in seen if said == word]
+            if len(set(runs)) != len(runs) or runs != sorted(runs):
+                wrong.append(f"runs were begun twice or out of turn: {story}")
+        if any(word == "overlaps" for _, word in seen):
+            wrong.append(f"two runs at a time: {story}")
+        if any(word == "was refused" for _, word in seen) and each.plan.ends == SUCCEEDED:
+            wrong.append(f"a run that counted was refused: {story}")
+    return wrong
