@@ -128,6 +128,9 @@ def test_victims_are_asked_only_where_the_gang_then_fits(asked_for):
     promised = {each.for_uid for each in found.preemptions}
     assert not promised & set(started(found))
     queue = [each for each in asked_for.queue if each.uid in promised]
+    held = sum((each.held for each in asked_for.holding), Demand())
+    if not all(held.fits(node.total) for node in asked_for.nodes or ()):
+        return  # a node was lost, and more is held than there is: where what is left of it lies is anybody's guess
     if len(asked_for.nodes or ()) == 1 and not started(found) and all(each.shape.least == each.shape.most for each in queue):
         left = [each for each in asked_for.holding if each.uid not in gone]
         assert set(started(plan(replace(asked_for, queue=queue, holding=left)))) == promised
