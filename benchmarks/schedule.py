@@ -23,7 +23,7 @@ COMMAND = "python -m benchmarks.schedule"
 JOBS = (1_000, 10_000, 100_000)
 NODES = (10, 100, 1_000)
 PROJECTS = 100
-REPEATS = 5
+REPEATS = 7
 
 
 def main() -> None:

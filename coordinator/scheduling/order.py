@@ -182,17 +182,23 @@ def arrange(
     asked = needs.asked
     jobs: dict[str, list[tuple[int, float, str, Waiting, Need]]] = {project: [] for project in known}
     bound = {project for project, account in known.items() if account.terms.limit or account.terms.budget_left}
+    barred: dict[tuple[str, Need], str] = {}
     beside: list[tuple[Waiting, str]] = []
     for job in situation.queue:
         project, since = job.project, job.since
         need = asked(job.shape)
-        if need.never or job.not_before > now or project in bound:
-            reason = _beside(job, need, known[project], now)
-            if reason:
-                beside.append((job, reason))
-                continue
-        points = int((now - since) / AGEING_SECONDS) if now > since else 0
-        jobs[project].append((-job.priority - points, since, job.uid, job, need))
+        reason = need.never
+        if not reason and project in bound:
+            reason = barred.get((project, need))
+            if reason is None:
+                reason = barred[project, need] = _barred(need, known[project])
+        if not reason and job.not_before > now:
+            reason = explain.pause(job.not_before)
+        if reason:
+            beside.append((job, reason))
+        else:
+            points = int((now - since) / AGEING_SECONDS) if now > since else 0
+            jobs[project].append((-job.priority - points, since, job.uid, job, need))
     rows: list[Row] = []
     for project, own in jobs.items():
         own.sort()
@@ -202,12 +208,11 @@ def arrange(
     return rows, beside
 
 
-def _beside(job: Waiting, need: Need, account: Account, now: float) -> str:
-    if need.never:
-        return need.never
+def _barred(need: Need, account: Account) -> str:
+    """Why a project's limit or budget never lets a job of this shape start, empty where they do."""
     if need.cpus > account.limit[0] or need.gpus > account.limit[1]:
         return explain.limit_too_low(need.shape.total(need.least), account.terms.limit or Demand())
-    return account.out_of_budget(need) or (explain.pause(job.not_before) if job.not_before > now else "")
+    return account.out_of_budget(need)
 
 
 def _by_share(
