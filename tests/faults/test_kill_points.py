@@ -18,6 +18,7 @@ from cli.stack.state import RayState
 from coordinator.cluster.ray_cluster import RayCluster
 from tests.support import kill_checks, tiny_agent
 from tests.support.crash_points import ANY_COMMIT, POINTS, RAY_CALLS, RAY_CALLS_FOR_ENDPOINTS
+from tests.support.kill_checks import RayJob
 from tests.support.kill_crowd import Crowd
 from tests.support.kill_plans import CPUS, PLANS, numbered
 from tests.support.mortal_coordinator import MortalCoordinator
@@ -47,8 +48,9 @@ FOR_LONG = (
 class Storm:
     """Kills one coordinator over and over, while a crowd uses it."""
 
-    def __init__(self, mortal: MortalCoordinator, crowd: Crowd, down: float = 0.0) -> None:
+    def __init__(self, mortal: MortalCoordinator, crowd: Crowd, ray: RayState, down: float = 0.0) -> None:
         self._mortal = mortal
+        self._ray = ray
         self._crowd = crowd
         self._down = down
         self._random = random.Random(20)
@@ -76,6 +78,8 @@ class Storm:
             self._mortal.kill()
             self.kills[point or AT_RANDOM] += 1
             time.sleep(self._down)
+            if "STARTING" in point or "submit" in point:
+                self._crowd.wrong += kill_checks.wrong_while_dead(store_of(self._mortal), kill_checks.ray_jobs(self._ray))
 
     def _next_stop(self, left: Iterable[str]) -> str:
         deadline = time.monotonic() + PATIENCE
@@ -88,14 +92,38 @@ class Storm:
                 self._crowd.add([numbered(plan, self._rounds) for plan in PLANS])
         raise AssertionError(f"never came by {sorted(left)}; open: {self._crowd.open}; wrong: {self._crowd.wrong}")
 
-    def calm(self, ray: RayState) -> None:
+    def calm(self) -> None:
         """Let it live until nothing more happens."""
         self._mortal.begin({})
         deadline = time.monotonic() + PATIENCE
-        while not (self._crowd.quiet and kill_checks.all_ended(ray)) and not self._crowd.wrong:
+        while not (self._crowd.quiet and kill_checks.all_ended(self.submitted())) and not self._crowd.wrong:
             if time.monotonic() > deadline:
-                raise AssertionError(f"still open: {self._crowd.open}; Ray: {kill_checks.ray_jobs(ray)}")
+                raise AssertionError(f"still open: {self._crowd.open}; Ray: {self.submitted()}")
             time.sleep(0.3)
+
+    def submitted(self) -> dict[str, RayJob]:
+        """What Ray knows of the crowd's jobs."""
+        uids = [job.uid for job in self._crowd.jobs]
+        return {id_: job for id_, job in kill_checks.ray_jobs(self._ray).items() if any(uid in id_ for uid in uids)}
+
+    def check(self, folder: Path) -> None:
+        """All that must hold, and everything that does not, at once."""
+        assert not self._crowd.wrong, "\n".join(self._crowd.wrong)
+        with self._mortal.client() as client:
+            listed = list(client.list_jobs())
+        jobs, submitted, store = self._crowd.jobs, self.submitted(), store_of(self._mortal)
+        wrong = [
+            *kill_checks.wrong_in_answers(jobs, listed),
+            *kill_checks.wrong_in_records(store, jobs),
+            *kill_checks.wrong_on_the_cluster(folder, jobs, submitted),
+            *kill_checks.wrong_while_dead(store, submitted),
+        ]
+        assert not wrong, "\n".join(wrong)
+
+
+def store_of(mortal: MortalCoordinator) -> str:
+    """URL of a coordinator's records."""
+    return f"sqlite:///{mortal.home / 'luthier.db'}"
 
 
 @pytest.fixture(scope="module")
@@ -138,21 +166,6 @@ def crowd(mortal: MortalCoordinator, folder: Path, tmp_path: Path) -> Crowd:
     return Crowd(mortal.client, folder, AT_ONCE)
 
 
-def check(mortal: MortalCoordinator, crowd: Crowd, ray: RayState, folder: Path) -> None:
-    """All that must hold, and everything that does not, at once."""
-    with mortal.client() as client:
-        listed = list(client.list_jobs())
-    ours = [job.uid for job in crowd.jobs]
-    submitted = {id_: status for id_, status in kill_checks.ray_jobs(ray).items() if any(uid in id_ for uid in ours)}
-    wrong = [
-        *crowd.wrong,
-        *kill_checks.wrong_in_answers(crowd.jobs, listed),
-        *kill_checks.wrong_in_records(f"sqlite:///{mortal.home / 'luthier.db'}", crowd.jobs, submitted),
-        *kill_checks.wrong_on_the_cluster(folder, crowd.jobs),
-    ]
-    assert not wrong, "\n".join(wrong)
-
-
 def test_every_call_to_ray_is_among_the_points() -> None:
     calls = {name for name, value in vars(RayCluster).items() if callable(value) and not name.startswith("_")}
     assert calls == {*RAY_CALLS, *RAY_CALLS_FOR_ENDPOINTS}
@@ -161,11 +174,11 @@ def test_every_call_to_ray_is_among_the_points() -> None:
 def test_killed_at_every_point_it_loses_nothing_and_does_nothing_twice(
     mortal: MortalCoordinator, crowd: Crowd, ray: RayState, folder: Path
 ) -> None:
-    storm = Storm(mortal, crowd)
+    storm = Storm(mortal, crowd, ray)
     with crowd.at_work(PLANS):
         storm.kill_at(POINTS, at_random=10)
-        storm.calm(ray)
-        check(mortal, crowd, ray, folder)
+        storm.calm()
+        storm.check(folder)
     assert storm.kills == Counter(POINTS) + Counter({AT_RANDOM: 10})
 
 
@@ -193,12 +206,12 @@ def test_killed_at_every_commit_of_its_first_start_it_starts_all_the_same(mortal
 def test_killed_two_hundred_times_it_loses_nothing_and_does_nothing_twice(
     mortal: MortalCoordinator, crowd: Crowd, ray: RayState, folder: Path
 ) -> None:
-    storm = Storm(mortal, crowd)
+    storm = Storm(mortal, crowd, ray)
     with crowd.at_work(PLANS):
         while storm.kills.total() < 200:
             storm.kill_at([*POINTS, f"{ANY_COMMIT}:before", f"{ANY_COMMIT}:after"], at_random=20, passes=2)
-        storm.calm(ray)
-        check(mortal, crowd, ray, folder)
+        storm.calm()
+        storm.check(folder)
     assert set(storm.kills) >= {*POINTS, AT_RANDOM}
 
 
@@ -207,9 +220,9 @@ def test_killed_two_hundred_times_it_loses_nothing_and_does_nothing_twice(
 def test_killed_and_away_for_long_it_finds_its_runs_again(
     mortal: MortalCoordinator, crowd: Crowd, ray: RayState, folder: Path, down: float
 ) -> None:
-    storm = Storm(mortal, crowd, down)
+    storm = Storm(mortal, crowd, ray, down)
     with crowd.at_work(PLANS):
         storm.kill_at(FOR_LONG)
-        storm.calm(ray)
-        check(mortal, crowd, ray, folder)
+        storm.calm()
+        storm.check(folder)
     assert storm.kills == Counter(FOR_LONG)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import create_engine, text
@@ -16,17 +18,41 @@ from tests.support.kill_crowd import Acknowledged
 from tests.support.kill_plans import ENDS, SUCCEEDED, Plan
 
 
-def ray_jobs(ray: RayState) -> dict[str, str]:
-    """Ray's own word on every submission: its id and status."""
+@dataclass(frozen=True)
+class RayJob:
+    """A submission as Ray sees it; times in milliseconds."""
+
+    status: str
+    start_time: int
+    end_time: int | None
+
+
+def ray_jobs(ray: RayState) -> dict[str, RayJob]:
+    """Ray's own word on every submission, by its id."""
     token = Path(ray.token_path).read_text().strip()
     request = urllib.request.Request(f"{ray.address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
-        return {job["submission_id"]: job["status"] for job in json.load(answer) if job["submission_id"]}
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
+        return {
+            job["submission_id"]: RayJob(job["status"], job["start_time"], job["end_time"])
+            for job in json.load(answer)
+            if job["submission_id"]
+        }
 
 
-def all_ended(ray: RayState) -> bool:
+def all_ended(submitted: Mapping[str, RayJob]) -> bool:
     """Whether Ray runs nothing any more."""
-    return all(status in ENDED for status in ray_jobs(ray).values())
+    return all(job.status in ENDED for job in submitted.values())
+
+
+def wrong_while_dead(store_url: str, submitted: Mapping[str, RayJob]) -> list[str]:
+    """What must hold at any instant: Ray has been given no run that is not recorded."""
+    engine = create_engine(store_url)
+    with engine.connect() as connection:
+        uids = connection.execute(text("select uid from job")).scalars().all()
+        recorded = set(connection.execute(text("select submission_id from job_run")).scalars())
+    engine.dispose()
+    ours = {id_ for id_ in submitted if any(uid in id_ for uid in uids)}
+    return [f"{id_} was submitted before it was recorded" for id_ in ours - recorded]
 
 
 def wrong_in_answers(jobs: Sequence[Acknowledged], listed: Sequence[job_pb2.Job]) -> list[str]:
@@ -49,7 +75,7 @@ def wrong_in_answers(jobs: Sequence[Acknowledged], listed: Sequence[job_pb2.Job]
     return wrong
 
 
-def wrong_in_records(store_url: str, jobs: Sequence[Acknowledged], ray: dict[str, str]) -> list[str]:
+def wrong_in_records(store_url: str, jobs: Sequence[Acknowledged]) -> list[str]:
     """The records themselves: events without gaps, one end, one model, one run a submission."""
     wrong = []
     engine = create_engine(store_url)
@@ -84,16 +110,18 @@ def wrong_in_records(store_url: str, jobs: Sequence[Acknowledged], ray: dict[str
                 complain(f"its runs are {[run.run for run in runs]}")
             if any(run.end_time is None for run in runs):
                 complain("a run of it has no end")
-            if not {run.submission_id for run in runs}.issuperset(id_ for id_ in ray if each.uid in id_):
-                complain("Ray has a run of it that is not recorded")
     engine.dispose()
     return wrong
 
 
-def wrong_on_the_cluster(folder: Path, jobs: Sequence[Acknowledged]) -> list[str]:
-    """What the agents' processes wrote down: each run was begun once, and no two of a job were there at a time."""
+def wrong_on_the_cluster(folder: Path, jobs: Sequence[Acknowledged], submitted: Mapping[str, RayJob]) -> list[str]:
+    """What Ray and the agents' processes wrote down: each run was begun once, and no two of a job were there at a time."""
     wrong = []
     for each in jobs:
+        runs_of_ray = sorted((job.start_time, id_, job.end_time) for id_, job in submitted.items() if each.uid in id_)
+        for (_, first, ended), (started, second, _) in itertools.pairwise(runs_of_ray):
+            if ended is None or started < ended:
+                wrong.append(f"{each.plan.name}: {second} was submitted at {started}, {first} ended at {ended}")
         path = folder / f"{each.uid}.seen"
         lines = [line.split(" ", 3) for line in path.read_text().splitlines()] if path.exists() else []
         seen = [(int(run), word) for _, _, run, word in lines]
