@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
@@ -148,7 +148,7 @@ class Reconciler:
                 there.add(run.job_uid)
                 if run.end_time is not None and now() - run.end_time > LEAVE_GRACE:
                     await asyncio.to_thread(self._cluster.stop, run.submission_id)
-        return [replace(each, start=False, reason=LEAVES) if each.uid in there else each for each in decisions]
+        return [each._replace(start=False, reason=LEAVES) if each.uid in there else each for each in decisions]
 
     async def _preempt(self, preemption: Preemption) -> None:
         def work(session: Session) -> bool:
