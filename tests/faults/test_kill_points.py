@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 AT_ONCE = 8
 """Jobs under way at a time."""
 
-PATIENCE = 120.0
+PATIENCE = 300.0
 """Seconds within which a point has to be reached by some job, and within which all is quiet after the last kill."""
 
 AT_RANDOM = "at random"

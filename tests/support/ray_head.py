@@ -22,7 +22,7 @@ def running(num_cpus: int) -> Iterator[RayState]:
         with ray_block() as ports:
             state = ray_head.describe(home, num_cpus, ports)
             process = ray_head.start(state, home)
-            ray_head.wait_until_up(state, process, home)
+            ray_head.wait_until_up(state, process, home, timeout=300)
         yield state
     finally:
         processes.reap(home, folders=[str(home)])
