@@ -8,14 +8,19 @@ from pathlib import Path
 import pytest
 from sqlmodel import Session
 
+from coordinator.cluster.launcher import Launcher
 from coordinator.jobs import create
+from coordinator.jobs.reconcile import Reconciler
 from coordinator.jobs.resolve import Resolved
 from coordinator.jobs.resources import fill_in
+from coordinator.notify import Notifier
 from coordinator.server import seed
 from coordinator.store.database import Store
 from coordinator.store.migrate import upgrade
 from coordinator.store.tables import Job
 from luthier.v1 import job_pb2, training_pb2
+from tests.support.fake_ray import FakeRay
+from tests.support.job_runs import secret_of
 
 
 @pytest.fixture
@@ -45,3 +50,13 @@ def new_job(store: Store) -> Callable[..., Job]:
         return store.write_now(work)
 
     return make
+
+
+@pytest.fixture
+def ray() -> FakeRay:
+    return FakeRay()
+
+
+@pytest.fixture
+def loop(store: Store, ray: FakeRay) -> Reconciler:
+    return Reconciler(store, Launcher(ray, "127.0.0.1:7420", "python", secret_of(store)), Notifier())  # type: ignore[arg-type]

@@ -6,93 +6,24 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
-from google.protobuf.duration_pb2 import Duration
-from google.protobuf.field_mask_pb2 import FieldMask
 from sqlmodel import Session, col, select
 
-from common.errors import Aborted, FailedPrecondition, InvalidArgument
-from coordinator.cluster.launcher import Launcher, submission_id
+from common.errors import FailedPrecondition
+from coordinator.cluster.launcher import submission_id
 from coordinator.cluster.ray_cluster import Submission
-from coordinator.jobs import reconcile, report
-from coordinator.jobs.change import Change
+from coordinator.jobs import reconcile
 from coordinator.jobs.reconcile import PAUSE_GRACE, Reconciler
 from coordinator.jobs.states import EndReason
-from coordinator.jobs.tokens import claim_token
 from coordinator.jobs.wishes import wish_end, wish_finish, wish_pause, wish_resume
-from coordinator.notify import Notifier
 from coordinator.services.agent import wish_of
 from coordinator.store import tables
 from coordinator.store.database import Store
 from luthier.agent.v1 import agent_pb2
 from luthier.v1 import job_pb2
 from tests.support.fake_ray import FakeRay
+from tests.support.job_runs import Agent, leaves, now_of, run_of, set_columns
 
 NewJob = Callable[..., tables.Job]
-SECRET = "s" * 40
-
-
-@pytest.fixture
-def ray() -> FakeRay:
-    return FakeRay()
-
-
-@pytest.fixture
-def loop(store: Store, ray: FakeRay) -> Reconciler:
-    return Reconciler(store, Launcher(ray, "127.0.0.1:7420", "python", secret_of(store)), Notifier())  # type: ignore[arg-type]
-
-
-def secret_of(store: Store) -> str:
-    return store.read_now(lambda session: session.get_one(tables.StackFact, "secret").value)
-
-
-def now_of(store: Store, job: tables.Job) -> tables.Job:
-    return store.read_now(lambda session: session.get_one(tables.Job, job.uid))
-
-
-def run_of(store: Store, job: tables.Job, run: int = 1) -> tables.JobRun:
-    return store.read_now(lambda session: session.get_one(tables.JobRun, (job.uid, run)))
-
-
-def set_columns(store: Store, job: tables.Job, **values: object) -> None:
-    def work(session: Session) -> None:
-        row = session.get_one(tables.Job, job.uid)
-        for name, value in values.items():
-            setattr(row, name, value)
-        session.add(row)
-
-    store.write_now(work)
-
-
-class Agent:
-    """Claims a run and reports on it, in order, as its driver would."""
-
-    def __init__(self, store: Store, job: tables.Job, run: int = 1) -> None:
-        self.store, self.uid, self.run, self.number = store, job.uid, run, 0
-        token = claim_token(secret_of(store), job.uid, run)
-        request = agent_pb2.ClaimRunRequest(job_uid=job.uid, run=run, claim_token=token, session_secret=SECRET)
-        self.job = store.write_now(lambda session: report.claim(session, secret_of(store), request))
-
-    def say(self, **body: object) -> tables.Job:
-        self.number += 1
-        said = agent_pb2.Report(sequence=self.number, **body)  # type: ignore[arg-type]
-        request = agent_pb2.ReportRequest(job_uid=self.uid, run=self.run, source="driver", session_secret=SECRET, reports=[said])
-        return self.store.write_now(lambda session: report.apply(session, request))[0]
-
-    def saved(self, step: int) -> tables.Job:
-        return self.say(checkpoint=job_pb2.Checkpoint(step=step, uri=f"mem://{self.run}/{step}", manifest_sha256="a" * 64))
-
-    def ends(self, state: str, reason: str = "UNSPECIFIED", code: str = "") -> tables.Job:
-        outcome = agent_pb2.OutcomeReport(
-            state=job_pb2.JobState.Value(f"JOB_STATE_{state}"), end_reason=job_pb2.EndReason.Value(f"END_REASON_{reason}")
-        )
-        if code:
-            outcome.error.CopyFrom(job_pb2.JobError(code=code, message=code.lower(), source="rank-0"))
-        return self.say(outcome=outcome)
-
-
-def leaves(ray: FakeRay, job: tables.Job, run: int = 1) -> None:
-    """The process of a run is gone, as Ray sees it."""
-    ray.jobs[submission_id(job.uid, run)] = Submission("SUCCEEDED", "")
 
 
 async def test_a_running_job_saves_is_paused_and_goes_on_from_there(
@@ -330,55 +261,6 @@ async def test_finishing_early_is_asked_once(loop: Reconciler, store: Store, new
     assert not store.write_now(lambda session: wish_finish(session, job.uid, EndReason.BUDGET))
 
 
-def name_of(job: tables.Job) -> str:
-    return f"projects/default/jobs/{job.job_id}"
-
-
-async def test_a_job_starts_after_those_it_follows_have_succeeded(loop: Reconciler, store: Store, new_job: NewJob) -> None:
-    first, second = new_job(), new_job()
-    third = new_job(after=[name_of(first), name_of(second)])
-    assert third.state == "BLOCKED"
-    await loop.round()
-    Agent(store, first).ends("SUCCEEDED", "COMPLETED")
-    await loop.round()
-    assert now_of(store, third).state == "BLOCKED"
-    Agent(store, second).ends("SUCCEEDED", "COMPLETED")
-    assert now_of(store, third).state == "QUEUED"
-    await loop.round()
-    assert now_of(store, third).state == "STARTING"
-
-
-async def test_what_follows_a_job_that_did_not_succeed_ends_with_it_and_so_on(store: Store, new_job: NewJob) -> None:
-    first = new_job()
-    second = new_job(after=[name_of(first)])
-    third = new_job(after=[name_of(second)])
-    store.write_now(lambda session: wish_end(session, first.uid, EndReason.USER))
-    for job in (second, third):
-        row = now_of(store, job)
-        assert (row.state, row.end_reason) == ("CANCELLED", "DEPENDENCY")
-
-
-def test_a_job_that_follows_one_that_succeeded_already_waits_for_nothing(store: Store, new_job: NewJob) -> None:
-    first = new_job()
-    set_columns(store, first, state="SUCCEEDED")
-    assert new_job(after=[name_of(first)]).state == "QUEUED"
-
-
-@pytest.mark.parametrize("name", ["projects/default/jobs/ft-none", "projects/other/jobs/x", "ft-1"])
-def test_nothing_follows_a_job_that_is_not_there(store: Store, new_job: NewJob, name: str) -> None:
-    with pytest.raises(InvalidArgument) as caught:
-        new_job(after=[name])
-    assert [violation.field for violation in caught.value.violations] == ["job.after[0]"]
-    assert not store.read_now(lambda session: session.exec(select(tables.Job)).all())
-
-
-def test_nothing_follows_a_job_that_failed(store: Store, new_job: NewJob) -> None:
-    first = new_job()
-    store.write_now(lambda session: wish_end(session, first.uid, EndReason.USER))
-    with pytest.raises(InvalidArgument, match="ended CANCELLED"):
-        new_job(after=[name_of(first)])
-
-
 async def test_an_elastic_job_keeps_the_workers_that_its_checkpoints_were_written_by(
     loop: Reconciler, store: Store, new_job: NewJob
 ) -> None:
@@ -411,52 +293,3 @@ async def test_what_is_known_early_is_kept_for_the_next_run(loop: Reconciler, st
     agent.say(partial=partial)
     row = agent.ends("FAILED", "NODE_LOST", "WORKER_LOST")
     assert (row.state, row.result["before"]["loss"]) == ("QUEUED", 8.25)
-
-
-def change_of(etag: str = "", paths: list[str] | None = None, **fields: object) -> Change:
-    job = job_pb2.Job(**fields)  # type: ignore[arg-type]
-    mask = FieldMask(paths=list(fields) if paths is None else paths)
-    return Change.of(job_pb2.UpdateJobRequest(job=job, update_mask=mask, etag=etag))
-
-
-def test_a_change_is_told_in_an_event_and_changes_the_order(store: Store, new_job: NewJob) -> None:
-    job = new_job()
-    change = change_of(priority=7, time_limit=Duration(seconds=90), labels={"team": "search"})
-    assert store.write_now(lambda session: change.apply(session, job.uid))
-    row = now_of(store, job)
-    assert (row.priority, row.time_limit_seconds, row.labels) == (7, 90.0, {"team": "search"})
-    assert row.sequence == 2
-    assert not store.write_now(lambda session: change.apply(session, job.uid))
-    assert now_of(store, job).sequence == 2
-
-
-def test_a_change_of_an_old_version_is_aborted(store: Store, new_job: NewJob) -> None:
-    job = new_job()
-    etag = f'"{job.version}"'
-    store.write_now(lambda session: change_of(priority=1).apply(session, job.uid))
-    with pytest.raises(Aborted):
-        store.write_now(lambda session: change_of(etag=etag, priority=2).apply(session, job.uid))
-    assert now_of(store, job).priority == 1
-
-
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"paths": ["state"]}, "update_mask"),
-        ({"paths": []}, "update_mask"),
-        ({"priority": 101}, "job.priority"),
-        ({"budget": job_pb2.Budget(cpu_seconds=-1)}, "job.budget.cpu_seconds"),
-        ({"retry": job_pb2.RetryPolicy(max_retries=-1)}, "job.retry.max_retries"),
-    ],
-)
-def test_what_cannot_be_changed_is_named(change: dict[str, object], field: str) -> None:
-    with pytest.raises(InvalidArgument) as caught:
-        change_of(**change)  # type: ignore[arg-type]
-    assert [violation.field for violation in caught.value.violations] == [field]
-
-
-def test_what_has_ended_is_not_changed(store: Store, new_job: NewJob) -> None:
-    job = new_job()
-    store.write_now(lambda session: wish_end(session, job.uid, EndReason.USER))
-    with pytest.raises(FailedPrecondition, match="CANCELLED"):
-        store.write_now(lambda session: change_of(priority=1).apply(session, job.uid))

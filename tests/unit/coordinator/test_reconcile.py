@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 from sqlmodel import Session, col, select
 
-from coordinator.cluster.launcher import Launcher, submission_id
+from coordinator.cluster.launcher import submission_id
 from coordinator.cluster.ray_cluster import Submission
 from coordinator.jobs import reconcile, report
 from coordinator.jobs.lease import SILENCE_SECONDS, Lease
@@ -22,38 +22,12 @@ from coordinator.store.database import Store
 from luthier.agent.v1 import agent_pb2
 from luthier.v1 import job_pb2
 from tests.support.fake_ray import FakeRay
+from tests.support.job_runs import SECRET, secret_of, set_columns
 
 NewJob = Callable[..., tables.Job]
-SECRET = "s" * 40
-
-
-@pytest.fixture
-def ray() -> FakeRay:
-    return FakeRay()
-
-
-@pytest.fixture
-def loop(store: Store, ray: FakeRay) -> Reconciler:
-    return Reconciler(store, Launcher(ray, "127.0.0.1:7420", "python", secret_of(store)), Notifier())  # type: ignore[arg-type]
-
-
-def secret_of(store: Store) -> str:
-    return store.read_now(lambda session: session.get_one(tables.StackFact, "secret").value)
 
 
 ONCE = job_pb2.RetryPolicy(max_retries=0)
-
-
-def over(store: Store, job: tables.Job, **values: object) -> None:
-    """Write columns of a job over."""
-
-    def work(session: Session) -> None:
-        row = session.get_one(tables.Job, job.uid)
-        for name, value in values.items():
-            setattr(row, name, value)
-        session.add(row)
-
-    store.write_now(work)
 
 
 def events_of(store: Store, job: tables.Job) -> list[tables.JobEvent]:
@@ -145,7 +119,7 @@ async def test_a_run_that_ray_forgot_is_tried_again(loop: Reconciler, store: Sto
     row = job_of(store, job)
     assert (row.state, row.run, row.attempt) == ("QUEUED", 1, 1)
     assert not ray.jobs
-    over(store, job, not_before=tables.now())
+    set_columns(store, job, not_before=tables.now())
     await loop.round()
     assert list(ray.jobs) == [submission_id(job.uid, 2)]
     assert (job_of(store, job).state, job_of(store, job).run) == ("STARTING", 2)
@@ -170,7 +144,7 @@ async def test_a_silent_agent_is_ended_by_our_own_clock(loop: Reconciler, store:
     claim(store, job)
     await loop.round()
     # The wall clock of the store jumps by an hour: that alone ends nobody.
-    over(store, job, update_time=tables.now() - timedelta(hours=1))
+    set_columns(store, job, update_time=tables.now() - timedelta(hours=1))
     clock[0] = SILENCE_SECONDS - 1
     await loop.round()
     assert ray.stopped == []
