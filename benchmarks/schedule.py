@@ -95,7 +95,8 @@ def fill(asked: Situation, found: Plan) -> Situation:
     started = [each for each in found.decisions if each.start]
     holding = [_hold(waiting[each.uid], each, asked.now) for number, each in enumerate(started) if number % 50]
     again = [replace(waiting[each.uid], uid=f"again-{each.uid}") for each in started]
-    left = [each for each in asked.queue if each.uid not in {each.uid for each in started}]
+    running = {each.uid for each in started}
+    left = [each for each in asked.queue if each.uid not in running]
     return replace(asked, queue=[*left, *again], holding=holding)
 
 

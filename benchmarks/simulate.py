@@ -165,13 +165,13 @@ def draw(result: dict[str, Any]) -> None:
         wait.scatter(places, most, marker="v", s=26, color=colours[name], edgecolor="black", linewidth=0.6, zorder=3)
     wait.scatter([], [], marker="v", color="white", edgecolor="black", label="longest wait")
     wait.set_yscale("log")
-    wait.set_ylim(0.05, max(result["policies"][name]["waiting_hours"]["all"]["max"] for name in policies) * 40)
+    wait.set_ylim(0.05, max(result["policies"][name]["waiting_hours"]["all"]["max"] for name in policies) * 6)
     wait.set(ylabel="hours from submission to start", title="Waiting time by class of job")
     wait.set_xticks(range(len(classes)), [name.replace(" GPUs", "\nGPUs").replace("priority ", "priority\n") for name in classes])
     for axes in (use, queue, wait):
         axes.grid(axis="y", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9, loc="lower right" if axes is use else "upper left")
+        axes.legend(frameon=False, fontsize=9, loc="lower right" if axes is use else "upper left", ncols=2 if axes is wait else 1)
     figure.suptitle(
         f"{result['jobs']:,} jobs on {result['nodes']:,} nodes in {result['days']:g} days (synthetic, seed {result['seed']})"
     )
