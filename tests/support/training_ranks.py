@@ -1,9 +1,9 @@
 """Runs a list of fine-tunes in several processes over gloo, as torchrun would start them: `python training_ranks.py PLAN RANK`.
 
-The plan is JSON: {port, world_size, base, data, out, runs: [{name, spec, storage?, nodes?, resume?, pause_at?}]}. Rank 0 writes
-OUT/{name}.json after each run, with the losses of every step. With `nodes` every rank has a home of its own, as on a node of its
-own. `resume` is the URI of a checkpoint; after step `pause_at` a pause is wished. All runs share the processes, because importing
-torch and DeepSpeed takes longer than training.
+The plan is JSON: {port, world_size, base, data, out, runs: [{name, spec, storage?, nodes?, resume?, pause_at?, finish_at?}]}.
+Rank 0 writes OUT/{name}.json after each run, with the losses of every step. With `nodes` every rank has a home of its own, as
+on a node of its own. `resume` is the URI of a checkpoint; after step `pause_at` a pause is wished, after `finish_at` an early
+end. All runs share the processes, because importing torch and DeepSpeed takes longer than training.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def _main(plan_path: str, rank: int) -> None:
         recorder = Recorder()
         spec = json_format.ParseDict(run["spec"], training_pb2.FinetuneSpec())
         resume = manifest.fetch(run["resume"]) if run.get("resume") else None
-        pause_at = run.get("pause_at", 0)
+        wishes = {kind: run[f"{kind.name.lower()}_at"] for kind in (Wish.PAUSE, Wish.FINISH) if f"{kind.name.lower()}_at" in run}
 
-        def wish(recorder: Recorder = recorder, pause_at: int = pause_at) -> Wish:
-            return Wish.PAUSE if pause_at and len(recorder.losses) >= pause_at else Wish.NONE
+        def wish(recorder: Recorder = recorder, wishes: dict[Wish, int] = wishes) -> Wish:
+            return next((kind for kind, step in wishes.items() if len(recorder.losses) >= step), Wish.NONE)
 
         node = f"node-{rank}" if run.get("nodes") else ""
         os.environ["LOCAL_RANK"] = "0" if node else str(rank)

@@ -78,6 +78,7 @@ def runs(work: Path) -> dict[str, dict[str, Any]]:
             *whole_and_resumed("lora2", "lora", 2),
             {"name": "paused", "spec": _spec("full", 2), "storage": (work / "storage" / "paused").as_uri(), "pause_at": 3},
             {"name": "again", "spec": _spec("full", 2), "resume": (work / "storage" / "paused").as_uri() + "/checkpoints/step-4"},
+            {"name": "finished", "spec": _spec("full", 2), "finish_at": 3},
             {"name": "apart", "spec": _spec("full", 2, **kept), "storage": (work / "storage" / "apart").as_uri(), "nodes": True},
         ],
     }
@@ -203,3 +204,10 @@ def test_a_pause_saves_at_the_next_step_and_nothing_is_lost(runs: dict[str, dict
     assert [uri.rpartition("/")[2] for uri in paused["checkpoints"]] == ["step-4"]
     assert not (work / "out" / "paused").exists()
     assert paused["losses"] + again["losses"] == pytest.approx(runs["zero2"]["losses"], abs=1e-6)
+
+
+def test_a_run_that_is_to_finish_early_leaves_what_it_has_learned(runs: dict[str, dict[str, Any]], work: Path) -> None:
+    finished = runs["finished"]
+    assert finished["losses"] == pytest.approx(runs["zero2"]["losses"][:4], abs=1e-6)
+    assert finished["steps"] == 4
+    assert check_model_folder(work / "out" / "finished").kind == "full"
