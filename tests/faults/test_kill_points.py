@@ -35,6 +35,13 @@ PATIENCE = 300.0
 
 AT_RANDOM = "at random"
 
+OFTEN = (
+    *(ANY_COMMIT, "commit.CREATED", "commit.QUEUED>STARTING", "commit.STARTING>RUNNING", "commit.RUNNING>SUCCEEDED"),
+    *("commit.PHASE", "commit.CHECKPOINT", "commit.report", "ray.submit", "ray.submissions", "ray.capacity", "ray.serve_details"),
+    *("answer.CreateJob", "answer.ClaimRun", "answer.Report"),
+)
+"""What every job comes by, or every round of the reconciler; the rest is for one job in twenty, and but once."""
+
 FOR_LONG = (
     "commit.QUEUED>STARTING:after",
     "ray.submit:after",
@@ -60,9 +67,9 @@ class Storm:
     def kill_at(self, points: Sequence[str], at_random: int = 0, passes: int = 0) -> None:
         """Kill once at each of the points, whichever is come by first, and so many times at random in between.
 
-        A point may be passed up to `passes` times before.
+        One that is come by often may be passed up to `passes` times before.
         """
-        left = {point: self._random.randint(0, passes) for point in points}
+        left = {point: self._random.randint(0, passes if point.rpartition(":")[0] in OFTEN else 0) for point in points}
         every = len(points) // max(1, at_random) + 1
         for number in itertools.count(1):
             if not left and not at_random:
@@ -77,6 +84,7 @@ class Storm:
                 at_random -= 1
             self._mortal.kill()
             self.kills[point or AT_RANDOM] += 1
+            print(f"kill {self.kills.total()}: {point or AT_RANDOM}; {len(left)} points to come", flush=True)
             time.sleep(self._down)
             if "STARTING" in point or "submit" in point:
                 self._crowd.wrong += kill_checks.wrong_while_dead(store_of(self._mortal), kill_checks.ray_jobs(self._ray))
@@ -209,7 +217,7 @@ def test_killed_two_hundred_times_it_loses_nothing_and_does_nothing_twice(
     storm = Storm(mortal, crowd, ray)
     with crowd.at_work(PLANS):
         while storm.kills.total() < 200:
-            storm.kill_at([*POINTS, f"{ANY_COMMIT}:before", f"{ANY_COMMIT}:after"], at_random=20, passes=2)
+            storm.kill_at([*POINTS, f"{ANY_COMMIT}:before", f"{ANY_COMMIT}:after"], at_random=25, passes=5)
         storm.calm()
         storm.check(folder)
     assert set(storm.kills) >= {*POINTS, AT_RANDOM}

@@ -203,4 +203,5 @@ class Crowd:
 
 
 def _list(client: Client) -> job_pb2.ListJobsRequest:
-    return job_pb2.ListJobsRequest(parent=client.parent, page_size=1000)
+    """The newest jobs: those before have long ended."""
+    return job_pb2.ListJobsRequest(parent=client.parent, page_size=60)
