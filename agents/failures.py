@@ -5,22 +5,13 @@ from __future__ import annotations
 import traceback
 
 from agents.link import Link
+from common.causes import BAD_DATA, OUT_OF_MEMORY, end_reason
 from common.errors import LuthierError
 from luthier.agent.v1 import agent_pb2
 from luthier.v1 import job_pb2
 
 TRACEBACK_LIMIT = 6000
 MESSAGE_LIMIT = 2000
-BAD_DATA = "BAD_DATA"
-OUT_OF_MEMORY = "OUT_OF_MEMORY"
-WORKER_LOST = "WORKER_LOST"
-HANG = "HANG"
-_END_REASONS = {
-    BAD_DATA: job_pb2.END_REASON_BAD_DATA,
-    OUT_OF_MEMORY: job_pb2.END_REASON_OUT_OF_MEMORY,
-    WORKER_LOST: job_pb2.END_REASON_NODE_LOST,
-    HANG: job_pb2.END_REASON_HANG,
-}
 # What a rank raises because another one is gone; never the root cause where anything else was raised.
 _PEER_LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "socket timeout", "ncclremoteerror", "gloo")
 
@@ -108,7 +99,7 @@ def job_error_of(error: BaseException, source: str, code: str = "RUN_ERROR") -> 
 
 def end_reason_of(error: job_pb2.JobError) -> job_pb2.EndReason.ValueType:
     """The end reason that a retry policy should see for this error."""
-    return _END_REASONS.get(error.code, job_pb2.END_REASON_ERROR)
+    return job_pb2.EndReason.Value(f"END_REASON_{end_reason(error.code)}")
 
 
 def outcome_of(error: BaseException, source: str = "driver") -> agent_pb2.OutcomeReport:

@@ -15,11 +15,12 @@ from ray.exceptions import OutOfMemoryError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from agents.failures import OUT_OF_MEMORY, TRACEBACK_LIMIT, WORKER_LOST, RunFailed, is_out_of_memory, is_peer_loss, job_error_of
+from agents.failures import TRACEBACK_LIMIT, RunFailed, is_out_of_memory, is_peer_loss, job_error_of
 from agents.training import environment
 from agents.training.config import TrainConfig
 from agents.training.worker import TRAINING_ERROR, TrainPayload, TrainResult, train_worker
 from common import storage
+from common.causes import OUT_OF_MEMORY, WORKER_LOST
 from common.errors import Internal, LuthierError
 from luthier.v1 import job_pb2
 

@@ -12,7 +12,7 @@ from coordinator.jobs import records
 from coordinator.jobs.resources import shape_document, shape_of
 from coordinator.jobs.retry import FAULTS, Retry, most_retries, next_try
 from coordinator.jobs.states import EndReason, State
-from coordinator.jobs.wishes import NO_PAUSE
+from coordinator.jobs.wishes import NO_FINISH, NO_PAUSE, can_pause
 from coordinator.scheduling.model import Demand, Shape
 from coordinator.store.tables import Checkpoint, Job, JobRun, now
 
@@ -49,10 +49,10 @@ def end_run(session: Session, uid: str, run: int, ended: Ended) -> bool:
 
 def _pause(session: Session, job: Job, run: int, ended: Ended, values: dict[str, Any]) -> bool:
     preempted = job.pause_reason == EndReason.PREEMPTED.value
-    point = latest_checkpoint(session, job.uid)
+    point = latest_checkpoint(session, job)
     where = f"at step {point.step}" if point is not None else "before its first checkpoint, so it starts again"
     to, said = (State.QUEUED, "gave its place up") if preempted else (State.PAUSED, "paused")
-    values |= NO_PAUSE | {"shape": _pinned(session, job, run)}
+    values |= NO_PAUSE | NO_FINISH | {"shape": _pinned(session, job, run)}
     reason = EndReason.PREEMPTED if preempted else EndReason.USER
     return records.move(
         session, job.uid, to, f"{said} {where}", run=run, run_end_reason=reason, run_error=ended.error, progress={}, **values
@@ -67,7 +67,7 @@ def _try_again(session: Session, job: Job, run: int, ended: Ended, retry: Retry,
         spec["hyperparameters"] = spec.get("hyperparameters", {}) | retry.hyperparameters
         values["spec"] = spec
         said += f" with {retry.change}"
-    values |= {
+    values |= NO_FINISH | {
         "attempt": attempt,
         "not_before": now() + timedelta(seconds=retry.pause),
         "progress": {},
@@ -82,17 +82,22 @@ def _pinned(session: Session, job: Job, run: int) -> dict[str, Any]:
     """The job's shape; once it has checkpoints, with the very number of workers whose ranks wrote them."""
     shape = shape_of(job.shape, Demand(job.cpus, job.gpus))
     workers = session.get_one(JobRun, (job.uid, run)).workers
-    if shape.least < shape.most and workers and latest_checkpoint(session, job.uid) is not None:
+    if shape.least < shape.most and workers and latest_checkpoint(session, job) is not None:
         shape = Shape(shape.driver, shape.worker, workers, workers)
     return shape_document(shape)
 
 
-def latest_checkpoint(session: Session, uid: str) -> Checkpoint | None:
-    """The checkpoint that has got furthest, of any run."""
-    return next(iter(checkpoints(session, uid, 1)), None)
+def latest_checkpoint(session: Session, job: Job) -> Checkpoint | None:
+    """The checkpoint that the job's next run would go on from."""
+    return next(iter(checkpoints(session, job, 1)), None)
 
 
-def checkpoints(session: Session, uid: str, most: int) -> list[Checkpoint]:
-    """A job's checkpoints of all runs, the furthest first; of two at one step the later written."""
-    query = select(Checkpoint).where(Checkpoint.job_uid == uid)
+def checkpoints(session: Session, job: Job, most: int) -> list[Checkpoint]:
+    """Checkpoints of all runs that the job can go on from, the furthest first; of two at one step the later written.
+
+    None for a sweep: those that it has are its trials', which start again with it.
+    """
+    if not can_pause(job):
+        return []
+    query = select(Checkpoint).where(Checkpoint.job_uid == job.uid)
     return list(session.exec(query.order_by(col(Checkpoint.step).desc(), col(Checkpoint.run).desc()).limit(most)).all())

@@ -22,12 +22,12 @@ def expired(session: Session) -> list[tuple[str, Wish, EndReason]]:
     moment = now()
     running = [job for job in active(session) if job.cancel_time is None]
     lasted = run_seconds(session, [job.uid for job in running], moment)
-    broke = {name for name, each in terms(session, moment).items() if _spent(each.budget_left)} if running else set()
+    left = {name: each.budget_left for name, each in terms(session, moment).items()} if running else {}
     found: list[tuple[str, Wish, EndReason]] = []
     for job in running:
         if job.time_limit_seconds is not None and job.start_time is not None and lasted[job.uid] > job.time_limit_seconds:
             found.append((job.uid, wish_end, EndReason.TIME_LIMIT))
-        elif job.finish_time is None and (job.project_id in broke or over_budget(session, job)):
+        elif job.finish_time is None and (_spent(left.get(job.project_id), job) or over_budget(session, job)):
             found.append((job.uid, wish_finish, EndReason.BUDGET))
     # What failed after its budget was spent is not started again.
     waiting = select(Job).where(col(Job.state).in_([state.value for state in WAITING]), col(Job.run) > 0)
@@ -48,5 +48,6 @@ def spent_by(session: Session, job: Job) -> Demand:
     return job_spent(job, run, now())
 
 
-def _spent(left: Demand | None) -> bool:
-    return left is not None and (left.cpus <= 0 or left.gpus <= 0)
+def _spent(left: Demand | None, job: Job) -> bool:
+    """Whether the project has nothing left of something that the job holds."""
+    return left is not None and bool((job.cpus and left.cpus <= 0) or (job.gpus and left.gpus <= 0))

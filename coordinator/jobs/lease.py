@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import datetime
 
 from coordinator.jobs.states import State
@@ -32,6 +32,6 @@ class Lease:
             return False
         return self._clock() - known[3] > (CLAIM_SECONDS if job.state == State.STARTING else SILENCE_SECONDS)
 
-    def forget(self, uid: str) -> None:
-        """Its run has ended."""
-        self._heard.pop(uid, None)
+    def keep(self, uids: Collection[str]) -> None:
+        """Forget all jobs but these: the others have no run any more."""
+        self._heard = {uid: heard for uid, heard in self._heard.items() if uid in uids}

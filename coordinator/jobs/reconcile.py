@@ -15,6 +15,7 @@ from typing import Any
 
 from sqlmodel import Session, col, select
 
+from common.causes import end_reason
 from common.errors import LuthierError, Unavailable
 from coordinator.cluster.launcher import Launcher, submission_id
 from coordinator.cluster.ray_cluster import Capacity, Submission
@@ -152,9 +153,11 @@ class Reconciler:
 
     async def _preempt(self, preemption: Preemption) -> None:
         def work(session: Session) -> bool:
-            state = State(session.get_one(Job, preemption.uid).state)
+            job = session.get_one(Job, preemption.uid)
+            if job.state != State.RUNNING or job.cancel_time is not None:
+                return False  # somebody was faster than the plan
             said = f"saves and gives its place up: {preemption.reason}"
-            return state is State.RUNNING and wish_pause(session, preemption.uid, EndReason.PREEMPTED, said)
+            return wish_pause(session, preemption.uid, EndReason.PREEMPTED, said)
 
         if await self._store.write(work):
             self._notifier.notify(preemption.uid)
@@ -187,6 +190,7 @@ class Reconciler:
 
     async def _observe(self) -> None:
         running = await self._store.read(active)
+        self._lease.keep({job.uid for job in running})
         if not running:
             return
         submissions = await asyncio.to_thread(self._cluster.submissions)
@@ -247,14 +251,16 @@ class Reconciler:
 
     async def _end(self, job: Job, state: State, reason: EndReason, failure: dict[str, Any]) -> None:
         def work(session: Session) -> None:
-            error = dict(failure)
+            error, why = dict(failure), reason
             if reason is EndReason.AGENT_LOST:
                 error = root_cause(session.get_one(JobRun, (job.uid, job.run)).failures, error)
+                if error["code"] != failure["code"]:
+                    # What a rank had told before is why, and decides whether another try makes sense.
+                    why = EndReason(end_reason(error["code"]))
             message = error.get("message", state.value.lower())
-            end_run(session, job.uid, job.run, Ended(state, reason, message, error))
+            end_run(session, job.uid, job.run, Ended(state, why, message, error))
 
         await self._store.write(work)
-        self._lease.forget(job.uid)
         self._notifier.notify(job.uid, "scheduler")
 
     async def _expire(self) -> None:
@@ -293,7 +299,7 @@ def _begin_run(session: Session, decision: Decision) -> Job | None:
         return None
     run = job.run + 1
     held = shape_of(job.shape, Demand(job.cpus, job.gpus)).total(decision.workers)
-    point = latest_checkpoint(session, job.uid)
+    point = latest_checkpoint(session, job)
     moved = records.move(
         session,
         decision.uid,

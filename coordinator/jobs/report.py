@@ -173,6 +173,8 @@ def _apply_one(session: Session, request: agent_pb2.ReportRequest, report: agent
 def _forget_collected(session: Session, uid: str, run: int) -> None:
     """Take the checkpoints out of the records that the run's own ranks have deleted: all but the latest few of the run."""
     job = session.get_one(tables.Job, uid)
+    if job.kind != "finetune":
+        return  # each trial of a sweep keeps its own
     keep = int(job.spec.get("checkpoints", {}).get("keep", CHECKPOINTS_KEPT))
     session.flush()
     point = tables.Checkpoint

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from google.protobuf.json_format import ParseDict
@@ -74,9 +74,8 @@ def _queue(session: Session) -> list[Waiting]:
 def _runs(session: Session, now: datetime) -> list[Holding]:
     jobs = active(session)
     uids = [job.uid for job in jobs]
-    runs = {
-        (run.job_uid, run.run): run for run in session.exec(select(JobRun).where(col(JobRun.job_uid).in_(uids))).all() if uids
-    }
+    open_runs = select(JobRun).where(col(JobRun.job_uid).in_(uids), col(JobRun.end_time).is_(None))
+    runs = {(run.job_uid, run.run): run for run in session.exec(open_runs).all()}
     spent = run_seconds(session, uids, now)
     saved = _last_saved(session, uids)
     found = []
@@ -89,7 +88,7 @@ def _runs(session: Session, now: datetime) -> list[Holding]:
                 uid=job.uid,
                 project=job.project_id,
                 priority=job.priority,
-                shape=_held_shape(job, run),
+                shape=shape_of(job.shape if run is not None else {}, Demand(job.cpus, job.gpus)),
                 workers=run.workers if run is not None else 0,
                 started=started.timestamp(),
                 since=job.create_time.timestamp(),
@@ -102,20 +101,14 @@ def _runs(session: Session, now: datetime) -> list[Holding]:
     return found
 
 
-def _held_shape(job: Job, run: JobRun | None) -> Shape:
-    if run is None or not job.shape:
-        return Shape(Demand(job.cpus, job.gpus))
-    return shape_of(job.shape, Demand(job.cpus, job.gpus))
-
-
 def _expected_end(job: Job, spent: float, now: datetime) -> float | None:
     """By the run's own estimate where it gives one, else by the time limit."""
     limit = None if job.time_limit_seconds is None else now.timestamp() + max(0.0, job.time_limit_seconds - spent)
     progress = ParseDict(job.progress, job_pb2.Progress(), ignore_unknown_fields=True)
     if not progress.HasField("remaining"):
         return limit
-    estimate = (job.update_time if job.update_time > now else now) + timedelta(seconds=progress.remaining.ToSeconds())
-    return estimate.timestamp() if limit is None else min(limit, estimate.timestamp())
+    estimate = now.timestamp() + progress.remaining.ToMilliseconds() / 1000
+    return estimate if limit is None else min(limit, estimate)
 
 
 def _last_saved(session: Session, uids: Sequence[str]) -> dict[str, datetime]:

@@ -16,6 +16,9 @@ WISH = job_pb2.JOB_EVENT_TYPE_WISH
 NO_PAUSE: dict[str, Any] = {"pause_time": None, "pause_reason": EndReason.UNSPECIFIED.value}
 """Columns of a job that nobody wishes to pause."""
 
+NO_FINISH: dict[str, Any] = {"finish_time": None, "finish_reason": EndReason.UNSPECIFIED.value}
+"""Columns of a job that nobody wishes to finish early. The wish ends with the run; the next one is asked again."""
+
 WAITING = (State.BLOCKED, State.QUEUED)
 """States in which a job holds nothing and has no run."""
 

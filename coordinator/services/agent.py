@@ -42,7 +42,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
             report_interval=REPORT_INTERVAL,
             labels=row.inputs.get("labels", []),
         )
-        points = await self._store.read(lambda session: checkpoints(session, row.uid, RESUME_CHOICES))
+        points = await self._store.read(lambda session: checkpoints(session, row, RESUME_CHOICES))
         response.resume_from.extend(messages.checkpoint(row, point) for point in points)
         if row.kind == "finetune":
             job_run = await self._store.read(lambda session: session.get_one(tables.JobRun, (row.uid, row.run)))

@@ -533,7 +533,7 @@ class JobRun(_message.Message):
     end_reason: Global___EndReason.ValueType
     """Why it ended."""
     workers: _builtins.int
-    """Workers it ran with; 0 for kinds without workers."""
+    """Workers, trials' workers or scoring tasks that it had places for at a time; 0 for kinds without any."""
     resumed_step: _builtins.int
     """Step it went on from; 0 for a start from the beginning."""
     @_builtins.property

@@ -293,3 +293,48 @@ async def test_what_is_known_early_is_kept_for_the_next_run(loop: Reconciler, st
     agent.say(partial=partial)
     row = agent.ends("FAILED", "NODE_LOST", "WORKER_LOST")
     assert (row.state, row.result["before"]["loss"]) == ("QUEUED", 8.25)
+
+
+async def test_what_a_project_has_spent_ends_only_jobs_that_hold_it(loop: Reconciler, store: Store, new_job: NewJob) -> None:
+    job = new_job()
+    await loop.round()
+    Agent(store, job)
+
+    def spend(session: Session, **budget: float) -> None:
+        project = session.get_one(tables.Project, "default")
+        project.budget, project.cpu_seconds, project.gpu_seconds = budget, 10.0, 10.0
+        session.add(project)
+
+    store.write_now(lambda session: spend(session, gpu_seconds=5.0))
+    await loop.round()
+    assert wish_of(now_of(store, job))[0] == agent_pb2.WISH_UNSPECIFIED
+    store.write_now(lambda session: spend(session, cpu_seconds=5.0))
+    await loop.round()
+    assert wish_of(now_of(store, job)) == (agent_pb2.WISH_FINISH, job_pb2.END_REASON_BUDGET)
+
+
+async def test_the_wish_to_finish_ends_with_the_run(loop: Reconciler, store: Store, new_job: NewJob) -> None:
+    job = new_job()
+    await loop.round()
+    agent = Agent(store, job)
+    store.write_now(lambda session: wish_finish(session, job.uid, EndReason.BUDGET))
+    row = agent.ends("FAILED", "NODE_LOST", "WORKER_LOST")
+    assert (row.state, row.finish_time) == ("QUEUED", None)
+
+
+async def test_checkpoints_of_a_sweeps_trials_are_all_kept_and_nothing_goes_on_from_them(
+    loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob
+) -> None:
+    job = new_job()
+    set_columns(store, job, kind="sweep")
+    await loop.round()
+    agent = Agent(store, job)
+    for step in (10, 20, 30):
+        agent.saved(step)
+    query = select(tables.Checkpoint.step).where(tables.Checkpoint.job_uid == job.uid)
+    assert len(store.read_now(lambda session: session.exec(query).all())) == 3
+    agent.ends("FAILED", "NODE_LOST", "WORKER_LOST")
+    leaves(ray, job)
+    set_columns(store, job, not_before=None)
+    await loop.round()
+    assert run_of(store, job, 2).resumed_step == 0

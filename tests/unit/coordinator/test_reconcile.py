@@ -99,7 +99,8 @@ async def test_an_agent_that_dies_without_a_word_fails_the_job_with_its_last_lin
 async def test_a_rank_that_told_of_its_failure_is_the_cause_of_a_lost_agent(
     loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob
 ) -> None:
-    job = new_job(retry=ONCE)
+    # With retries left: another try would fail the same way.
+    job = new_job()
     await loop.round()
     claim(store, job)
     failure = agent_pb2.Report(sequence=1, failure=job_pb2.JobError(code="TRAINING_ERROR", message="division by zero"))
@@ -107,7 +108,9 @@ async def test_a_rank_that_told_of_its_failure_is_the_cause_of_a_lost_agent(
     store.write_now(lambda session: report.apply(session, request))
     ray.jobs[submission_id(job.uid, 1)] = Submission("FAILED", "gone")
     await loop.round()
-    assert job_of(store, job).error == {"code": "TRAINING_ERROR", "message": "division by zero", "source": "rank-1"}
+    row = job_of(store, job)
+    assert (row.state, row.end_reason, row.attempt) == ("FAILED", "ERROR", 0)
+    assert row.error == {"code": "TRAINING_ERROR", "message": "division by zero", "source": "rank-1"}
 
 
 async def test_a_run_that_ray_forgot_is_tried_again(loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob) -> None:
@@ -168,6 +171,9 @@ async def test_an_agent_that_reports_keeps_its_lease(loop: Reconciler, store: St
         await loop.round()
     assert ray.stopped == []
     assert job_of(store, job).state == "RUNNING"
+    set_columns(store, job, state="SUCCEEDED")
+    await loop.round()
+    assert loop._lease._heard == {}
 
 
 async def test_what_a_job_waits_for_is_told_once_and_again_when_it_changes(
