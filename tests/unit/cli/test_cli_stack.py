@@ -6,6 +6,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -229,10 +230,8 @@ def test_a_deep_home_gets_a_short_private_folder_for_sockets(home: Path, tmp_pat
     finally:
         folder.rmdir()
         folder.parent.rmdir()
-    assert ray_head.temp_dir(Path("/tmp/h")) == Path("/tmp/h/ray/s")
-    (Path("/tmp/h/ray/s")).rmdir()
-    (Path("/tmp/h/ray")).rmdir()
-    Path("/tmp/h").rmdir()
+    with tempfile.TemporaryDirectory(prefix="lt-") as short:
+        assert ray_head.temp_dir(Path(short)) == Path(short) / "ray" / "s"
 
 
 def test_old_sessions_are_removed(tmp_path: Path) -> None:
