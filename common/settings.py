@@ -29,7 +29,11 @@ class Settings(BaseSettings):
     home: Path = Field(default_factory=default_home, description="Folder of the stack: store, keys, logs, local storage.")
     host: str = Field("127.0.0.1", description="Address the gRPC server listens on.")
     port: int = Field(7420, ge=0, le=65535, description="Port of the gRPC server; 0 picks a free one.")
-    advertise: str = Field("", description="host:port at which agents on other nodes reach the coordinator; host:port if empty.")
+    advertise: str = Field(
+        "",
+        description="host:port at which agents on other nodes reach the coordinator; host:port if empty. Where several run on one"
+        " store: a name that resolves to all of them, or ipv4:A:PORT,B:PORT.",
+    )
     store_url: str = Field("", description="SQLAlchemy URL of the records; SQLite in the home if empty.")
     storage_uri: str = Field("", description="URI under which artifacts are kept; a folder in the home if empty.")
     ray_address: str = Field("", description="URL of the Ray dashboard (http://host:8265); empty while there is none.")

@@ -35,6 +35,7 @@ from coordinator.services.models import ModelService
 from coordinator.services.uploads import Staging
 from coordinator.store import tables
 from coordinator.store.database import Store
+from coordinator.store.leader import Leadership
 from coordinator.store.migrate import upgrade
 from coordinator.tls import agent_environment, server_credentials
 from luthier.agent.v1 import agent_pb2, agent_pb2_grpc
@@ -106,8 +107,9 @@ async def _run(server: grpc.aio.Server, store: Store, notifier: Notifier, settin
     secret = await store.write(lambda session: seed(session, settings.home))
     cluster = RayCluster(settings.ray_address, settings.ray_token_path)
     launcher = Launcher(cluster, settings.advertise or address, settings.agent_python, secret, agent_environment(settings))
-    reconciler = Reconciler(store, launcher, notifier)
-    deployer = Deployer(store, cluster, notifier, settings.gateway_host, settings.gateway_port)
+    leadership = Leadership(store, settings.advertise or address)
+    reconciler = Reconciler(store, launcher, notifier, leadership)
+    deployer = Deployer(store, cluster, notifier, leadership, settings.gateway_host, settings.gateway_port)
     staging = Staging(settings.home / "uploads", settings.max_upload_bytes)
     status = static_status(address, store.kind, deployer.url, settings.ray_address)
 
@@ -116,7 +118,7 @@ async def _run(server: grpc.aio.Server, store: Store, notifier: Notifier, settin
     model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(store, staging, settings.storage), server)
     endpoints = EndpointService(store, notifier, reconciler, deployer)
     endpoint_pb2_grpc.add_EndpointServiceServicer_to_server(endpoints, server)
-    admin = AdminService(store, notifier, reconciler, status, lambda: deployer.gateway_state)
+    admin = AdminService(store, notifier, reconciler, leadership, status, lambda: deployer.gateway_state)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
     agent_pb2_grpc.add_AgentServiceServicer_to_server(AgentService(store, notifier, secret, settings.storage), server)
     healthy = health.aio.HealthServicer()
@@ -132,6 +134,8 @@ async def _run(server: grpc.aio.Server, store: Store, notifier: Notifier, settin
     tls = "mutual TLS" if settings.tls_client_ca else "TLS" if settings.tls_cert else "no TLS"
     log.info("serving on %s with %s, store %s, Ray at %s", address, tls, store.kind, settings.ray_address or "nowhere")
     loops = [asyncio.create_task(reconciler.run()), asyncio.create_task(deployer.run())]
+    running = asyncio.get_running_loop()
+    leadership.run(lambda: running.call_soon_threadsafe(notifier.notify, "scheduler", "endpoints"))
     await stop.wait()
     log.info("stopping")
     await healthy.enter_graceful_shutdown()
@@ -140,6 +144,7 @@ async def _run(server: grpc.aio.Server, store: Store, notifier: Notifier, settin
     for loop in loops:
         loop.cancel()
     await asyncio.gather(*loops, return_exceptions=True)
+    await asyncio.to_thread(leadership.stop)
 
 
 def _bind(server: grpc.aio.Server, settings: Settings) -> str:

@@ -19,6 +19,7 @@ def status_table(status: GetStatusResponse) -> Table:
     return facts(
         [
             ("coordinator", f"{status.coordinator.address}  pid {status.coordinator.pid}, {status.coordinator.store}"),
+            ("", _rank(status)),
             ("started", ago(status.coordinator.start_time)),
             ("gateway", f"{status.gateway.url}  {status.gateway.state.replace('_', ' ')}"),
             ("ray", ray.address),
@@ -31,6 +32,16 @@ def status_table(status: GetStatusResponse) -> Table:
             ),
             ("versions", ", ".join(f"{name} {version}" for name, version in sorted(status.versions.items()))),
         ]
+    )
+
+
+def _rank(status: GetStatusResponse) -> str:
+    """Whether the one that answers leads; nothing before anybody does."""
+    coordinator = status.coordinator
+    if not coordinator.leader:
+        return ""
+    return (
+        f"leads, epoch {coordinator.epoch}" if coordinator.leads else f"follows {coordinator.leader}, epoch {coordinator.epoch}"
     )
 
 

@@ -31,6 +31,7 @@ from coordinator.notify import Notifier
 from coordinator.scheduling.model import Demand
 from coordinator.store import tables
 from coordinator.store.database import Store
+from coordinator.store.leader import Leadership
 from coordinator.store.tables import now
 from luthier.v1 import admin_pb2, endpoint_pb2
 
@@ -63,8 +64,12 @@ class Deployer:
     sends once more, which changes nothing in Serve.
     """
 
-    def __init__(self, store: Store, cluster: RayCluster, notifier: Notifier, host: str, port: int) -> None:
+    def __init__(
+        self, store: Store, cluster: RayCluster, notifier: Notifier, leadership: Leadership, host: str, port: int
+    ) -> None:
         self._store = store
+        self._leadership = leadership
+        self._epoch = leadership.epoch
         self._cluster = cluster
         self._notifier = notifier
         self._gateway = GatewaySpec(host=host, port=port)
@@ -88,8 +93,18 @@ class Deployer:
             await self._notifier.wait("endpoints", period)
 
     async def round(self) -> bool:
-        """Send what changed and look at what Serve made of it. True while something is still on its way."""
+        """Send what changed and look at what Serve made of it. True while something is still on its way.
+
+        A coordinator that follows only looks.
+        """
+        epoch = self._leadership.epoch
+        if epoch != self._epoch:
+            self._epoch, self._sent = epoch, ""  # what another sent meanwhile is not known here
         endpoints, keys = await self._store.read(_read)
+        if not epoch:
+            details = await asyncio.to_thread(self._cluster.serve_details) if endpoints else {}
+            self._tell_gateway(endpoints, read_status(details))
+            return False
         if not endpoints and not self._sent and not await self._left_over():
             return False
         details = await asyncio.to_thread(self._cluster.serve_details) if endpoints or self._sent else {}
@@ -98,7 +113,7 @@ class Deployer:
         gateway = status.get(GATEWAY_APP)
         known = self._announced if gateway is not None and gateway.state == "RUNNING" else frozenset[str]()
         await self._send(endpoints, keys, status)
-        changed = await self._store.write(lambda session: _write_down(session, endpoints, status, known))
+        changed = await self._leadership.write(lambda session: _write_down(session, endpoints, status, known), epoch)
         if changed:
             # A route that became ready, or an endpoint that is gone, changes what the gateway has to know.
             endpoints, keys = await self._store.read(_read)
@@ -120,6 +135,7 @@ class Deployer:
         config = desired_config(self._gateway, endpoints, keys, status)
         text = json.dumps(config, sort_keys=True)
         if text != self._sent:
+            await self._leadership.confirm(self._epoch)
             await asyncio.to_thread(self._cluster.deploy, config)
             self._sent = text
         self._announced = frozenset(

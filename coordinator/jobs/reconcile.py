@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlmodel import Session, col, select
 
@@ -29,13 +29,16 @@ from coordinator.jobs.situation import active, read
 from coordinator.jobs.states import EndReason, State
 from coordinator.jobs.wishes import wish_pause
 from coordinator.notify import Notifier
-from coordinator.scheduling.model import Decision, Demand, Preemption
+from coordinator.scheduling.model import Decision, Demand, Plan, Preemption
 from coordinator.scheduling.plan import plan
 from coordinator.store.database import Store
+from coordinator.store.leader import Leadership
 from coordinator.store.tables import Job, JobRun, now
 from luthier.v1 import job_pb2
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PERIOD = 1.0
 """Seconds between rounds when nothing wakes the loop."""
@@ -77,8 +80,10 @@ class Queue:
 class Reconciler:
     """Runs in the coordinator's event loop as one task."""
 
-    def __init__(self, store: Store, launcher: Launcher, notifier: Notifier) -> None:
+    def __init__(self, store: Store, launcher: Launcher, notifier: Notifier, leadership: Leadership) -> None:
         self._store = store
+        self._leadership = leadership
+        self._epoch = leadership.epoch
         self._launcher = launcher
         self._cluster = launcher.cluster
         self._notifier = notifier
@@ -103,7 +108,13 @@ class Reconciler:
             await asyncio.gather(self._notifier.wait("scheduler", PERIOD), self._notifier.wait("nothing but the end", rest))
 
     async def round(self) -> None:
-        """Look once at everything that is not terminal."""
+        """Look once at everything that is not terminal. A coordinator that follows only looks, to say what waits for what."""
+        epoch = self._leadership.epoch
+        if epoch != self._epoch:
+            self._epoch, self._lease = epoch, Lease()
+        if not epoch:
+            await self._plan()
+            return
         await self._expire()
         await self._observe()
         await self._start()
@@ -120,14 +131,28 @@ class Reconciler:
             self._capacity_until = asyncio.get_running_loop().time() + (CAPACITY_PERIOD if self._capacity else PERIOD)
         return self._capacity
 
-    async def _start(self) -> None:
+    async def _write(self, work: Callable[[Session], T]) -> T:
+        """Record something as the leader that this round began as. Raises NotLeading where that is over."""
+        return await self._leadership.write(work, self._epoch)
+
+    async def _stop_run(self, run: str) -> None:
+        """Have Ray end a run, unless another leads meanwhile, who knows better."""
+        await self._leadership.confirm(self._epoch)
+        await asyncio.to_thread(self._cluster.stop, run)
+
+    async def _plan(self) -> Plan:
         capacity = await self.capacity()
         nodes = capacity.nodes if capacity else None
         situation = await self._store.read(lambda session: read(session, nodes, now()))
         decided = await asyncio.to_thread(plan, situation)
-        decisions = await self._behind_their_runs(decided.decisions)
         held = sum((holding.held for holding in situation.holding), Demand())
-        self.queue = Queue({decision.uid: decision for decision in decisions}, capacity, held)
+        self.queue = Queue({decision.uid: decision for decision in decided.decisions}, capacity, held)
+        return decided
+
+    async def _start(self) -> None:
+        decided = await self._plan()
+        decisions = await self._behind_their_runs(decided.decisions)
+        self.queue = replace(self.queue, decisions={decision.uid: decision for decision in decisions})
         for preemption in decided.preemptions:
             await self._preempt(preemption)
         for decision in decisions:
@@ -148,7 +173,7 @@ class Reconciler:
             if submission is not None and not submission.ended:
                 there.add(run.job_uid)
                 if run.end_time is not None and now() - run.end_time > LEAVE_GRACE:
-                    await asyncio.to_thread(self._cluster.stop, run.submission_id)
+                    await self._stop_run(run.submission_id)
         return [each._replace(start=False, reason=LEAVES) if each.uid in there else each for each in decisions]
 
     async def _preempt(self, preemption: Preemption) -> None:
@@ -159,7 +184,7 @@ class Reconciler:
             said = f"saves and gives its place up: {preemption.reason}"
             return wish_pause(session, preemption.uid, EndReason.PREEMPTED, said)
 
-        if await self._store.write(work):
+        if await self._write(work):
             self._notifier.notify(preemption.uid)
 
     async def _tell_reasons(self, decisions: Sequence[Decision]) -> None:
@@ -169,11 +194,11 @@ class Reconciler:
         if not news:
             return
         # The first of the queue are told first; with many, the others' turn comes in the next rounds.
-        told_now = await self._store.write(lambda session: [each.uid for each in news[:REASONS_A_ROUND] if _tell(session, each)])
+        told_now = await self._write(lambda session: [each.uid for each in news[:REASONS_A_ROUND] if _tell(session, each)])
         self._notifier.notify(*told_now)
 
     async def _launch(self, decision: Decision) -> None:
-        job = await self._store.write(lambda session: _begin_run(session, decision))
+        job = await self._write(lambda session: _begin_run(session, decision))
         if job is not None:
             self._notifier.notify(job.uid)
             await self._submit(job)
@@ -190,7 +215,7 @@ class Reconciler:
 
     async def _observe(self) -> None:
         running = await self._store.read(active)
-        self._lease.keep({job.uid for job in running})
+        self._lease.look({job.uid for job in running})
         if not running:
             return
         submissions = await asyncio.to_thread(self._cluster.submissions)
@@ -206,7 +231,7 @@ class Reconciler:
             elif submission.ended:
                 await self._ended_without_a_word(job, submission)
             elif self._overdue(job, reported.get((job.uid, job.run))):
-                await asyncio.to_thread(self._cluster.stop, submission_id(job.uid, job.run))
+                await self._stop_run(submission_id(job.uid, job.run))
 
     def _overdue(self, job: Job, reported: datetime | None) -> bool:
         """Whether Ray should end a run: it was to stop and did not, was never claimed, or was silent for too long."""
@@ -260,12 +285,12 @@ class Reconciler:
             message = error.get("message", state.value.lower())
             end_run(session, job.uid, job.run, Ended(state, why, message, error))
 
-        await self._store.write(work)
+        await self._write(work)
         self._notifier.notify(job.uid, "scheduler")
 
     async def _expire(self) -> None:
         for uid, wish, reason in await self._store.read(expired):
-            if await self._store.write(partial(wish, uid=uid, reason=reason)):
+            if await self._write(partial(wish, uid=uid, reason=reason)):
                 self._notifier.notify(uid)
 
 

@@ -23,6 +23,7 @@ from coordinator.services.principal import Context, Principal, principal
 from coordinator.services.projects import ProjectCalls, find_project
 from coordinator.store import tables
 from coordinator.store.database import Store
+from coordinator.store.leader import Leadership
 from coordinator.store.tables import now
 from luthier.v1 import admin_pb2, admin_pb2_grpc
 
@@ -35,12 +36,14 @@ class AdminService(ProjectCalls, admin_pb2_grpc.AdminServiceServicer):
         store: Store,
         notifier: Notifier,
         reconciler: Reconciler,
+        leadership: Leadership,
         status: admin_pb2.GetStatusResponse,
         gateway_state: Callable[[], str],
     ) -> None:
         self._store = store
         self._notifier = notifier
         self._reconciler = reconciler
+        self._leadership = leadership
         self._status = status
         self._gateway_state = gateway_state
 
@@ -133,6 +136,8 @@ class AdminService(ProjectCalls, admin_pb2_grpc.AdminServiceServicer):
         held = self._reconciler.queue.held
         response = admin_pb2.GetStatusResponse()
         response.CopyFrom(self._status)
+        response.coordinator.epoch, response.coordinator.leader = await self._leadership.present()
+        response.coordinator.leads = response.coordinator.epoch == self._leadership.epoch != 0
         response.gateway.state = self._gateway_state()
         response.ray.connected = capacity is not None
         response.ray.error = self._reconciler.cluster_error

@@ -15,8 +15,8 @@ READERS = 4
 PATIENCE_SECONDS = 10.0
 """How long a transaction waits for another process that writes. SQLite's URL may say otherwise (`?timeout=…`)."""
 
-IDLE_SECONDS = 60.0
-"""How long PostgreSQL lets a transaction do nothing: a coordinator that hangs inside one must not keep others from it."""
+IDLE_SECONDS = 8.0
+"""How long PostgreSQL lets a transaction do nothing: a coordinator that hangs inside one must not keep others from writing."""
 
 WRITING = "luthier_write"
 """Execution option of connections that write."""

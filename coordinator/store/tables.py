@@ -55,6 +55,16 @@ class StackFact(SQLModel, table=True):
     value: str
 
 
+class Leader(SQLModel, table=True):
+    """Which coordinator leads, in one row (see store/leader.py)."""
+
+    id: int = Field(primary_key=True)
+    epoch: int = _big()
+    holder: str = ""
+    beat: int = _big()
+    beat_time: datetime | None = _time(nullable=True)
+
+
 class Project(SQLModel, table=True):
     """A tenant."""
 

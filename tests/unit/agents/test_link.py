@@ -7,14 +7,16 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent import futures
 
+import grpc
 import pytest
 
 from agents import link as link_module
 from agents.failures import RunCancelled, check_wish
 from agents.link import Link, LinkConfig, LinkHandler, claim
 from common.errors import FailedPrecondition
-from luthier.agent.v1 import agent_pb2
+from luthier.agent.v1 import agent_pb2, agent_pb2_grpc
 from luthier.v1 import job_pb2, sweep_pb2
 from tests.support.fake_coordinator import TOKEN, FakeCoordinator
 
@@ -49,6 +51,22 @@ def _eventually(condition: Callable[[], bool], seconds: float = 5.0) -> None:
 
 def _checkpoint(step: int) -> job_pb2.Checkpoint:
     return job_pb2.Checkpoint(run=1, step=step, uri=f"file:///c/{step}")
+
+
+def test_with_two_coordinators_a_run_goes_on_with_the_one_that_lives(fake: FakeCoordinator) -> None:
+    other = grpc.server(futures.ThreadPoolExecutor(2))
+    agent_pb2_grpc.add_AgentServiceServicer_to_server(fake, other)  # the same records
+    port = other.add_insecure_port("127.0.0.1:0")
+    other.start()
+    config = LinkConfig(f"ipv4:{fake.address},127.0.0.1:{port}", fake.job_uid, fake.run, SECRET, interval=0.02)
+    with Link(config, "rank-0", on_stale=lambda: None) as link:
+        link.metrics(1, {"loss": 2.0})
+        assert link.flush(5)
+        fake.stop()
+        link.metrics(2, {"loss": 1.0})
+        assert link.flush(10)
+    other.stop(0)
+    assert [report.sequence for report in fake.reports["rank-0"]] == [1, 2]
 
 
 def test_reports_are_numbered_from_one_without_gaps_per_source(fake: FakeCoordinator) -> None:

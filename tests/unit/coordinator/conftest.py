@@ -16,6 +16,7 @@ from coordinator.jobs.resources import fill_in
 from coordinator.notify import Notifier
 from coordinator.server import seed
 from coordinator.store.database import Store
+from coordinator.store.leader import Leadership
 from coordinator.store.migrate import upgrade
 from coordinator.store.tables import Job
 from luthier.v1 import job_pb2, training_pb2
@@ -58,5 +59,15 @@ def ray() -> FakeRay:
 
 
 @pytest.fixture
-def loop(store: Store, ray: FakeRay) -> Reconciler:
-    return Reconciler(store, Launcher(ray, "127.0.0.1:7420", "python", secret_of(store)), Notifier())  # type: ignore[arg-type]
+def leadership(store: Store) -> Iterator[Leadership]:
+    leadership = Leadership(store, "127.0.0.1:7420")
+    leadership.look()
+    assert leadership.epoch == 1
+    yield leadership
+    leadership.stop()
+
+
+@pytest.fixture
+def loop(store: Store, ray: FakeRay, leadership: Leadership) -> Reconciler:
+    launcher = Launcher(ray, "127.0.0.1:7420", "python", secret_of(store))  # type: ignore[arg-type]
+    return Reconciler(store, launcher, Notifier(), leadership)

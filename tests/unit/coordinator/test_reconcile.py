@@ -11,7 +11,7 @@ from sqlmodel import Session, col, select
 from coordinator.cluster.launcher import submission_id
 from coordinator.cluster.ray_cluster import Submission
 from coordinator.jobs import reconcile, report
-from coordinator.jobs.lease import SILENCE_SECONDS, Lease
+from coordinator.jobs.lease import LOOK_SECONDS, SILENCE_SECONDS, Lease
 from coordinator.jobs.reconcile import Reconciler
 from coordinator.jobs.states import EndReason
 from coordinator.jobs.tokens import claim_token
@@ -73,7 +73,7 @@ async def test_a_coordinator_that_died_before_submitting_submits_with_the_same_t
     decision = reconcile.Decision(job.uid, True, 0, "fits", 1)
     assert store.write_now(lambda session: reconcile._begin_run(session, decision)) is not None
     ray.down = False
-    again = Reconciler(store, loop._launcher, Notifier())
+    again = Reconciler(store, loop._launcher, Notifier(), loop._leadership)
     await again.round()
     environment = ray.environments[submission_id(job.uid, 1)]
     assert environment["LUTHIER_CLAIM_TOKEN"] == claim_token(secret_of(store), job.uid, 1)
@@ -148,10 +148,11 @@ async def test_a_silent_agent_is_ended_by_our_own_clock(loop: Reconciler, store:
     await loop.round()
     # The wall clock of the store jumps by an hour: that alone ends nobody.
     set_columns(store, job, update_time=tables.now() - timedelta(hours=1))
-    clock[0] = SILENCE_SECONDS - 1
-    await loop.round()
-    assert ray.stopped == []
-    clock[0] = SILENCE_SECONDS + 1
+    while clock[0] < SILENCE_SECONDS:
+        await loop.round()
+        assert ray.stopped == []
+        clock[0] += LOOK_SECONDS / 2
+    clock[0] += 1
     await loop.round()
     assert ray.stopped == [submission_id(job.uid, 1)]
     await loop.round()
@@ -165,15 +166,28 @@ async def test_an_agent_that_reports_keeps_its_lease(loop: Reconciler, store: St
     await loop.round()
     claim(store, job)
     request = agent_pb2.ReportRequest(job_uid=job.uid, run=1, source="driver", session_secret=SECRET)
-    for _ in range(4):
-        clock[0] += SILENCE_SECONDS * 0.8
-        store.write_now(lambda session: report.apply(session, request))
+    while clock[0] < 3 * SILENCE_SECONDS:
+        clock[0] += LOOK_SECONDS
+        if clock[0] % (SILENCE_SECONDS * 0.8) < LOOK_SECONDS:
+            store.write_now(lambda session: report.apply(session, request))
         await loop.round()
     assert ray.stopped == []
     assert job_of(store, job).state == "RUNNING"
     set_columns(store, job, state="SUCCEEDED")
     await loop.round()
     assert loop._lease._heard == {}
+
+
+async def test_a_silence_that_was_ours_ends_nobody(loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob) -> None:
+    clock = [0.0]
+    loop._lease = Lease(lambda: clock[0])
+    job = new_job()
+    await loop.round()
+    claim(store, job)
+    await loop.round()
+    clock[0] = 10 * SILENCE_SECONDS
+    await loop.round()
+    assert ray.stopped == []
 
 
 async def test_what_a_job_waits_for_is_told_once_and_again_when_it_changes(
