@@ -51,6 +51,10 @@ class Settings(BaseSettings):
     agent_key: str = Field("", description="File, on the cluster's nodes, with the private key of agent_cert.")
     gateway_host: str = Field("127.0.0.1", description="Address the HTTP gateway listens on.")
     gateway_port: int = Field(8000, ge=1, le=65535, description="Port of the HTTP gateway.")
+    metrics_host: str = Field("127.0.0.1", description="Address that Prometheus asks for metrics.")
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="Port of the metrics; 0 picks a free one, and there are none if it is absent."
+    )
     local_bases: bool = Field(True, description="Whether admins may name base models by absolute path on the cluster.")
     max_upload_bytes: int = Field(16 * 2**30, gt=0, description="Largest data set or model file that is taken.")
 

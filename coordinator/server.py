@@ -18,9 +18,11 @@ from sqlmodel import Session, select
 
 from common.errors import FailedPrecondition
 from common.settings import Settings
+from coordinator import metrics
 from coordinator.cluster.launcher import Launcher
 from coordinator.cluster.ray_cluster import RayCluster
 from coordinator.endpoints.reconcile import Deployer
+from coordinator.exposition import exposed
 from coordinator.jobs.reconcile import Reconciler
 from coordinator.jobs.tokens import sha256
 from coordinator.notify import Notifier
@@ -98,12 +100,15 @@ async def serve(settings: Settings) -> None:
             )
             address = _bind(server, settings)
             await asyncio.to_thread(upgrade, store.engine)
-            await _run(server, store, notifier, settings, address)
+            with exposed(settings.metrics_host, settings.metrics_port, store) as metrics_address:
+                await _run(server, store, notifier, settings, address, metrics_address)
         finally:
             store.close()
 
 
-async def _run(server: grpc.aio.Server, store: Store, notifier: Notifier, settings: Settings, address: str) -> None:
+async def _run(
+    server: grpc.aio.Server, store: Store, notifier: Notifier, settings: Settings, address: str, metrics_address: str
+) -> None:
     secret = await store.write(lambda session: seed(session, settings.home))
     cluster = RayCluster(settings.ray_address, settings.ray_token_path)
     launcher = Launcher(cluster, settings.advertise or address, settings.agent_python, secret, agent_environment(settings))
@@ -111,7 +116,8 @@ async def _run(server: grpc.aio.Server, store: Store, notifier: Notifier, settin
     reconciler = Reconciler(store, launcher, notifier, leadership)
     deployer = Deployer(store, cluster, notifier, leadership, settings.gateway_host, settings.gateway_port)
     staging = Staging(settings.home / "uploads", settings.max_upload_bytes)
-    status = static_status(address, store.kind, deployer.url, settings.ray_address)
+    status = static_status(address, store.kind, deployer.url, settings.ray_address, metrics_address)
+    _watch(leadership, reconciler)
 
     job_pb2_grpc.add_JobServiceServicer_to_server(JobService(store, notifier, reconciler), server)
     dataset_pb2_grpc.add_DatasetServiceServicer_to_server(DatasetService(store, staging, settings.storage), server)
@@ -145,6 +151,18 @@ async def _run(server: grpc.aio.Server, store: Store, notifier: Notifier, settin
         loop.cancel()
     await asyncio.gather(*loops, return_exceptions=True)
     await asyncio.to_thread(leadership.stop)
+
+
+def _watch(leadership: Leadership, reconciler: Reconciler) -> None:
+    """Figures of the parts, for Prometheus."""
+    metrics.watch("luthier_leader", "Whether this coordinator leads.", lambda: bool(leadership.epoch))
+    metrics.watch("luthier_leader_epoch", "Number of this coordinator's reign; 0 while it follows.", lambda: leadership.epoch)
+    metrics.watch("luthier_ray_up", "Whether the Ray cluster answers.", lambda: reconciler.queue.capacity is not None)
+    metrics.watch("luthier_cluster_nodes", "Nodes alive.", lambda: reconciler.queue.nodes)
+    metrics.watch("luthier_cluster_cpus", "Logical CPUs of the cluster.", lambda: reconciler.queue.total.cpus)
+    metrics.watch("luthier_cluster_gpus", "GPUs of the cluster.", lambda: reconciler.queue.total.gpus)
+    metrics.watch("luthier_cluster_cpus_held", "Logical CPUs that jobs and endpoints hold.", lambda: reconciler.queue.held.cpus)
+    metrics.watch("luthier_cluster_gpus_held", "GPUs that jobs and endpoints hold.", lambda: reconciler.queue.held.gpus)
 
 
 def _bind(server: grpc.aio.Server, settings: Settings) -> str:

@@ -20,6 +20,7 @@ def status_table(status: GetStatusResponse) -> Table:
         [
             ("coordinator", f"{status.coordinator.address}  pid {status.coordinator.pid}, {status.coordinator.store}"),
             ("", _rank(status)),
+            ("metrics", f"http://{address}/metrics" if (address := status.coordinator.metrics_address) else ""),
             ("started", ago(status.coordinator.start_time)),
             ("gateway", f"{status.gateway.url}  {status.gateway.state.replace('_', ' ')}"),
             ("ray", ray.address),

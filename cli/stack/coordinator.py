@@ -44,6 +44,7 @@ def environment(state: StackState, home: Path, inherited: Mapping[str, str]) -> 
         "LUTHIER_PORT": str(state.port),
         "LUTHIER_GATEWAY_HOST": LOOPBACK,
         "LUTHIER_GATEWAY_PORT": str(state.gateway_port),
+        "LUTHIER_METRICS_PORT": values.get("LUTHIER_METRICS_PORT", "0"),
         "LUTHIER_RAY_ADDRESS": state.ray.address,
         "LUTHIER_AGENT_PYTHON": sys.executable if state.ray.local else values.get("LUTHIER_AGENT_PYTHON", "python"),
         "RAY_USAGE_STATS_ENABLED": "0",

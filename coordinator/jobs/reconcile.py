@@ -17,6 +17,7 @@ from sqlmodel import Session, col, select
 
 from common.causes import end_reason
 from common.errors import LuthierError, Unavailable
+from coordinator import metrics
 from coordinator.cluster.launcher import Launcher, submission_id
 from coordinator.cluster.ray_cluster import Capacity, Submission
 from coordinator.jobs import records
@@ -76,6 +77,16 @@ class Queue:
     capacity: Capacity | None
     held: Demand
 
+    @property
+    def total(self) -> Demand:
+        """What the cluster has; nothing while it does not answer."""
+        return self.capacity.total if self.capacity else Demand()
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes it has."""
+        return len(self.capacity.nodes) if self.capacity else 0
+
 
 class Reconciler:
     """Runs in the coordinator's event loop as one task."""
@@ -102,6 +113,7 @@ class Reconciler:
             except Unavailable as error:
                 log.warning("%s", error)
             except Exception:
+                metrics.ROUND_FAILED.inc()
                 log.exception("a round of the reconciler failed")
             # Every submission asks for a round: while many come in, rounds must not take the time that recording them needs.
             rest = min(REST * (asyncio.get_running_loop().time() - started), PERIOD)
@@ -143,8 +155,9 @@ class Reconciler:
     async def _plan(self) -> Plan:
         capacity = await self.capacity()
         nodes = capacity.nodes if capacity else None
-        situation = await self._store.read(lambda session: read(session, nodes, now()))
-        decided = await asyncio.to_thread(plan, situation)
+        with metrics.PLANNING.time():
+            situation = await self._store.read(lambda session: read(session, nodes, now()))
+            decided = await asyncio.to_thread(plan, situation)
         held = sum((holding.held for holding in situation.holding), Demand())
         self.queue = Queue({decision.uid: decision for decision in decided.decisions}, capacity, held)
         return decided
@@ -185,6 +198,7 @@ class Reconciler:
             return wish_pause(session, preemption.uid, EndReason.PREEMPTED, said)
 
         if await self._write(work):
+            metrics.PREEMPTIONS.inc()
             self._notifier.notify(preemption.uid)
 
     async def _tell_reasons(self, decisions: Sequence[Decision]) -> None:
@@ -200,6 +214,7 @@ class Reconciler:
     async def _launch(self, decision: Decision) -> None:
         job = await self._write(lambda session: _begin_run(session, decision))
         if job is not None:
+            metrics.STARTS.inc()
             self._notifier.notify(job.uid)
             await self._submit(job)
 
@@ -286,6 +301,7 @@ class Reconciler:
             end_run(session, job.uid, job.run, Ended(state, why, message, error))
 
         await self._write(work)
+        metrics.RUN_ENDS.labels(reason.value.lower()).inc()
         self._notifier.notify(job.uid, "scheduler")
 
     async def _expire(self) -> None:

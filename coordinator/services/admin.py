@@ -158,10 +158,12 @@ def not_above(who: Principal, role: int, field: str, does: str) -> None:
         raise PermissionDenied(f"{field}: {why}", "ROLE_TOO_LOW", [Violation(field, why)])
 
 
-def static_status(address: str, store: str, gateway_url: str, ray_address: str) -> admin_pb2.GetStatusResponse:
+def static_status(address: str, store: str, gateway_url: str, ray_address: str, metrics: str) -> admin_pb2.GetStatusResponse:
     """The part of the status that does not change while the process lives."""
     return admin_pb2.GetStatusResponse(
-        coordinator=admin_pb2.CoordinatorStatus(pid=os.getpid(), address=address, start_time=messages.stamp(now()), store=store),
+        coordinator=admin_pb2.CoordinatorStatus(
+            pid=os.getpid(), address=address, start_time=messages.stamp(now()), store=store, metrics_address=metrics
+        ),
         gateway=admin_pb2.GatewayStatus(url=gateway_url),
         ray=admin_pb2.RayStatus(address=ray_address),
         versions={"luthier": version("luthier"), "ray": version("ray"), "python": platform.python_version()},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
@@ -13,6 +15,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from common.errors import Internal, LuthierError, PermissionDenied, Unauthenticated
+from coordinator import metrics
 from coordinator.services.keys import Keys
 from coordinator.services.principal import NEEDS, OPEN, VIEWER, Context, current
 from luthier.v1 import admin_pb2
@@ -78,24 +81,51 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def _unary(self, behaviour: Callable[..., Any], details: grpc.HandlerCallDetails) -> Callable[..., Awaitable[Any]]:
         async def call(request: Any, context: Context) -> Any:
-            try:
-                await self._admit(details)
-                return await behaviour(request, context)
-            except Exception as error:
-                await _abort(context, details.method, error)
+            with metrics.HANDLING.labels(details.method).time(), _counted(details.method):
+                try:
+                    await self._admit(details)
+                    return await behaviour(request, context)
+                except Exception as error:
+                    await _abort(context, details.method, error)
 
         return call
 
     def _stream(self, behaviour: Callable[..., Any], details: grpc.HandlerCallDetails) -> Callable[..., AsyncIterator[Any]]:
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
-            try:
-                await self._admit(details)
-                async for response in behaviour(request, context):
-                    yield response
-            except Exception as error:
-                await _abort(context, details.method, error)
+            with metrics.STREAMS.labels(details.method).track_inprogress(), _counted(details.method):
+                try:
+                    await self._admit(details)
+                    async for response in behaviour(request, context):
+                        yield response
+                except Exception as error:
+                    await _abort(context, details.method, error)
 
         return call
+
+
+@contextlib.contextmanager
+def _counted(method: str) -> Iterator[None]:
+    """Count a call with the status that it ends with."""
+    code = "OK"
+    try:
+        yield
+    except _Ended as ended:
+        code = ended.code
+        raise ended.abort from None
+    except (asyncio.CancelledError, GeneratorExit):
+        code = "CANCELLED"
+        raise
+    finally:
+        metrics.HANDLED.labels(method, code).inc()
+
+
+class _Ended(Exception):
+    """A call was ended with a status."""
+
+    def __init__(self, code: str, abort: BaseException) -> None:
+        super().__init__(code)
+        self.code = code
+        self.abort = abort
 
 
 async def _abort(context: Context, method: str, error: Exception) -> None:
@@ -106,4 +136,7 @@ async def _abort(context: Context, method: str, error: Exception) -> None:
         correlation = secrets.token_hex(6)
         log.error("%s failed [%s]", method, correlation, exc_info=error)
         error = Internal(f"an unforeseen error; the coordinator's log has it under {correlation}", "INTERNAL")
-    await context.abort_with_status(rpc_status.to_status(to_status(error)))
+    try:
+        await context.abort_with_status(rpc_status.to_status(to_status(error)))
+    except grpc.aio.AbortError as abort:
+        raise _Ended(error.grpc_code, abort) from None

@@ -22,6 +22,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlmodel import Session
 
 from common.errors import Unavailable
+from coordinator import metrics
 from coordinator.store.engines import TRANSACTION_ID, for_writing
 from coordinator.store.faults import is_disconnect, is_fault, unavailable, uncertain
 
@@ -118,12 +119,16 @@ class Writer:
             if crowded and self._waiting.qsize() < GROUP // 2:
                 time.sleep(LINGER_SECONDS)
             group = [first]
+            started = time.monotonic()
             try:
                 self._record(group)
             except BaseException as error:  # whatever happens, nobody may wait for ever, and the thread goes on
                 log.exception("recording a group failed")
                 for entry in group:
                     entry.error = entry.error or error
+            metrics.COMMIT.observe(time.monotonic() - started)
+            metrics.FAILED.inc(sum(isinstance(entry.error, Unavailable) for entry in group))
+            metrics.GROUP.observe(len(group))
             _answer(group)
             crowded = len(group) > CROWD
 

@@ -724,6 +724,7 @@ class CoordinatorStatus(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
     STORE_FIELD_NUMBER: _builtins.int
+    METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     LEADS_FIELD_NUMBER: _builtins.int
     LEADER_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
@@ -733,6 +734,8 @@ class CoordinatorStatus(_message.Message):
     """host:port of its gRPC."""
     store: _builtins.str
     """Kind of store: sqlite or postgresql."""
+    metrics_address: _builtins.str
+    """host:port of its metrics for Prometheus (`GET /metrics`); empty where they are switched off."""
     leads: _builtins.bool
     """Whether it leads: of several coordinators on one store, one decides and drives Ray. All of them answer calls."""
     leader: _builtins.str
@@ -750,13 +753,14 @@ class CoordinatorStatus(_message.Message):
         address: _builtins.str = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
         store: _builtins.str = ...,
+        metrics_address: _builtins.str = ...,
         leads: _builtins.bool = ...,
         leader: _builtins.str = ...,
         epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "leader", b"leader", "leads", b"leads", "pid", b"pid", "start_time", b"start_time", "store", b"store"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "leader", b"leader", "leads", b"leads", "metrics_address", b"metrics_address", "pid", b"pid", "start_time", b"start_time", "store", b"store"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
