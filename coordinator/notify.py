@@ -6,18 +6,26 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Callable
 
+ANYTHING = "anything"
+"""Topic of those who want to know of every notification."""
+
 
 class Notifier:
-    """Wakes waiters by topic (a job's uid, `scheduler`, `endpoints`). Belongs to one event loop."""
+    """Wakes waiters by topic (a job's uid, `scheduler`, `endpoints`). Belongs to one event loop.
+
+    `count` counts the notifications, for those who want to know whether there was one since they looked.
+    """
 
     def __init__(self) -> None:
         self._waiters: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self._listeners: defaultdict[str, list[Callable[[], None]]] = defaultdict(list)
         self.closing = asyncio.Event()
+        self.count = 0
 
     def notify(self, *topics: str) -> None:
         """Tell those who listen to the topics, then wake everyone who waits for one of them."""
-        for topic in topics:
+        self.count += 1
+        for topic in (*topics, ANYTHING):
             for listener in self._listeners.get(topic, ()):
                 listener()
             for waiter in self._waiters.get(topic, ()):

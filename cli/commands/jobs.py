@@ -71,10 +71,20 @@ def show(
 @command(app)
 def watch(
     cli: Cli,
-    job: JobArgument,
-    after_sequence: Annotated[int, typer.Option(min=0, help="Number of the last event already seen.")] = 0,
+    job: Annotated[str, typer.Argument(help="Id of the job; without one, all jobs of the project are followed.")] = "",
+    after_sequence: Annotated[
+        int | None, typer.Option(min=0, help="Number of the last event already seen. All of a job; of a project those to come.")
+    ] = None,
 ) -> None:
-    """Follow a job until it ends; with --output json one event or progress a line. Exit status 1 where it did not succeed."""
+    """Follow a job until it ends, or all jobs until Ctrl-C; with --output json one event or progress a line.
+
+    Exit status 1 where the job did not succeed.
+    """
+    if not job:
+        for news in cli.client.watch_jobs(-1 if after_sequence is None else after_sequence):
+            cli.out.line(news, f"{short_name(news.job)}  {event_line(news.event)}")
+        return
+    after_sequence = after_sequence or 0
     found = cli.client.get_job(job)
     if cli.json or not cli.out.live:
         for item in cli.client.watch(found.name, after_sequence):
@@ -103,9 +113,12 @@ def logs(
     job: JobArgument,
     follow: Annotated[bool, typer.Option("--follow", "-F", help="Go on until the job ends.")] = False,
     source: Annotated[str, typer.Option(help="Only lines of this process: driver, rank-0, ...")] = "",
+    level: Annotated[str, typer.Option(help="Only lines of at least this level: info, warning, error, ...")] = "",
+    grep: Annotated[str, typer.Option("--grep", "-e", help="Only lines in which this regular expression is found.")] = "",
+    run: Annotated[int, typer.Option(min=0, help="Only lines of this run; all of them if absent.")] = 0,
 ) -> None:
-    """Print a job's log, oldest line first."""
-    for line in cli.client.logs(job, follow=follow, source=source):
+    """Print a job's log, oldest line first, over all its runs."""
+    for line in cli.client.logs(job, follow=follow, source=source, level=level, pattern=grep, run=run):
         cli.out.line(line, log_text(line))
 
 

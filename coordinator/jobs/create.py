@@ -13,6 +13,7 @@ from sqlmodel import Session, select
 from common.errors import AlreadyExists, InvalidArgument, Violation
 from common.names import parse
 from coordinator import messages
+from coordinator.jobs import records
 from coordinator.jobs.admission import check_entitlement
 from coordinator.jobs.change import budget
 from coordinator.jobs.resolve import Resolved
@@ -85,7 +86,8 @@ def insert(session: Session, request: Request, job: job_pb2.Job, resolved: Resol
     session.add(row)
     session.flush()
     session.add_all(tables.JobDependency(job_uid=row.uid, after_uid=other) for other in {other.uid for other in followed})
-    session.add(tables.JobEvent(**created(row.uid, row.kind, row.state, row.create_time, request)))
+    number = records.take_numbers(session, request.project)
+    session.add(tables.JobEvent(**created(row.uid, row.kind, row.state, row.create_time, request, number)))
     return row
 
 
@@ -126,8 +128,8 @@ def columns(request: Request, job: job_pb2.Job, resolved: Resolved) -> dict[str,
     }
 
 
-def created(uid: str, kind: str, state: str, moment: datetime, request: Request) -> dict[str, Any]:
-    """The columns of a new job's first event."""
+def created(uid: str, kind: str, state: str, moment: datetime, request: Request, number: int) -> dict[str, Any]:
+    """The columns of a new job's first event, which has `number` within its project."""
     return {
         "job_uid": uid,
         "sequence": 1,
@@ -135,6 +137,8 @@ def created(uid: str, kind: str, state: str, moment: datetime, request: Request)
         "type": job_pb2.JOB_EVENT_TYPE_CREATED,
         "state": state,
         "message": f"{kind} created by {request.creator}",
+        "project_id": request.project,
+        "project_sequence": number,
     }
 
 

@@ -10,7 +10,7 @@ from sqlmodel import Session, col, select
 
 from coordinator.jobs.states import ACTIVE, SOURCES, TERMINAL, EndReason, State
 from coordinator.jobs.usage import settle
-from coordinator.store.tables import Job, JobDependency, JobEvent, JobRun, now
+from coordinator.store.tables import Job, JobDependency, JobEvent, JobRun, Project, now
 from luthier.v1 import job_pb2
 
 MAX_MESSAGE = 2000
@@ -105,7 +105,7 @@ def _advance(
         update(Job)
         .where(*where)
         .values(sequence=Job.sequence + 1, version=Job.version + 1, update_time=moment, **values)
-        .returning(col(Job.uid), col(Job.sequence), col(Job.state), col(Job.end_reason), col(Job.run))
+        .returning(col(Job.uid), col(Job.project_id), col(Job.sequence), col(Job.state), col(Job.end_reason), col(Job.run))
         .execution_options(synchronize_session=False)
     ).first()
     if row is None:
@@ -121,10 +121,22 @@ def _advance(
             end_reason=row.end_reason,
             run=row.run,
             message=message[:MAX_MESSAGE],
+            project_id=row.project_id,
+            project_sequence=take_numbers(session, row.project_id),
         )
     )
     session.flush()
     return True
+
+
+def take_numbers(session: Session, project_id: str, count: int = 1) -> int:
+    """Take the next numbers for events of a project's jobs, and return the last of them.
+
+    They appear in order: writing transactions run one at a time, and one that is rolled back gives its numbers back.
+    """
+    statement = update(Project).where(col(Project.id) == project_id).values(event_sequence=Project.event_sequence + count)
+    taken = session.execute(statement.returning(col(Project.event_sequence)).execution_options(synchronize_session=False))
+    return int(taken.scalar_one())
 
 
 def set_unnumbered(session: Session, uid: str, run: int, **values: Any) -> bool:

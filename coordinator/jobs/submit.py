@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,6 +16,7 @@ from sqlmodel import Session, SQLModel
 from common.errors import AlreadyExists, LuthierError
 from coordinator.jobs import create
 from coordinator.jobs.admission import check_entitlement
+from coordinator.jobs.records import take_numbers
 from coordinator.jobs.resolve import Resolved
 from coordinator.jobs.resources import shape_of
 from coordinator.scheduling.model import Demand
@@ -78,8 +81,10 @@ def _insert(session: Session, submissions: list[Submission]) -> Sequence[Job | L
     if inserted.rowcount != len(submissions):
         fresh = set(connection.execute(select(JOBS.c.uid).where(JOBS.c.uid.in_(fresh))).scalars())
     if fresh:
-        events = [_first_event(submission) for submission in submissions if submission.row["uid"] in fresh]
-        connection.execute(INSERT_EVENTS, events)
+        new = [submission for submission in submissions if submission.row["uid"] in fresh]
+        counts = Counter(submission.request.project for submission in new)
+        numbers = {name: count(take_numbers(session, name, many) - many + 1) for name, many in counts.items()}
+        connection.execute(INSERT_EVENTS, [_first_event(each, next(numbers[each.request.project])) for each in new])
     return [_row(each) if each.row["uid"] in fresh else _made_before(session, each) for each in submissions]
 
 
@@ -101,9 +106,9 @@ def _row(submission: Submission) -> Job:
     return cast("Job", SimpleNamespace(**submission.row))
 
 
-def _first_event(submission: Submission) -> dict[str, Any]:
-    row = submission.row
-    return _defaults(JobEvent) | create.created(row["uid"], row["kind"], row["state"], row["create_time"], submission.request)
+def _first_event(submission: Submission, number: int) -> dict[str, Any]:
+    row, request = submission.row, submission.request
+    return _defaults(JobEvent) | create.created(row["uid"], row["kind"], row["state"], row["create_time"], request, number)
 
 
 def _defaults(table: type[Job] | type[JobEvent]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from sqlalchemy import tuple_
@@ -14,7 +15,9 @@ from coordinator.jobs.reconcile import Reconciler
 from coordinator.jobs.states import TERMINAL, State
 from coordinator.notify import Notifier
 from coordinator.services import paging
+from coordinator.services.feed import ProjectFeeds
 from coordinator.services.job_lookup import find_job, whole_job, with_queue
+from coordinator.services.log_filter import LineFilter
 from coordinator.services.principal import Context, Principal, principal
 from coordinator.store import tables
 from coordinator.store.database import Store
@@ -37,6 +40,7 @@ class JobHistory(job_pb2_grpc.JobServiceServicer):
         self._store = store
         self._notifier = notifier
         self._reconciler = reconciler
+        self._feeds = ProjectFeeds(store, notifier)
 
     async def WatchJob(self, request: job_pb2.WatchJobRequest, context: Context) -> AsyncIterator[job_pb2.WatchJobResponse]:
         """See job.proto."""
@@ -68,19 +72,45 @@ class JobHistory(job_pb2_grpc.JobServiceServicer):
                 await self._pause(uid)
                 silent += LOOK_SECONDS
 
+    async def WatchJobs(self, request: job_pb2.WatchJobsRequest, context: Context) -> AsyncIterator[job_pb2.WatchJobsResponse]:
+        """See job.proto."""
+        who = principal()
+        who.own(request.parent, field="parent")
+        async with self._feeds.of(who.project) as feed:
+            if request.after_sequence > feed.last:
+                bad = Violation("after_sequence", f"{request.after_sequence} is beyond the last event, {feed.last}")
+                raise InvalidArgument.of([bad])
+            sent = feed.last if request.after_sequence < 0 else request.after_sequence
+            yield job_pb2.WatchJobsResponse(bookmark=sent, sequence=sent)
+            silent = 0.0
+            while True:
+                events = await feed.after(sent)
+                for event in events:
+                    yield event
+                if events:
+                    sent, silent = events[-1].sequence, 0.0
+                    continue
+                if silent >= BOOKMARK_SECONDS:
+                    silent = 0.0
+                    yield job_pb2.WatchJobsResponse(bookmark=sent, sequence=sent)
+                self._check_open()
+                if not await feed.news(LOOK_SECONDS):
+                    silent += LOOK_SECONDS
+
     async def TailLogs(self, request: job_pb2.TailLogsRequest, context: Context) -> AsyncIterator[job_pb2.TailLogsResponse]:
         """See job.proto."""
         who = principal()
         uid = (await self._store.read(lambda session: find_job(session, who, request.name))).uid
+        wanted = LineFilter.of(request)
         sent = request.after_sequence
         while True:
-            lines, state = await self._store.read(partial(_lines_after, uid=uid, sequence=sent, source=request.source))
-            if lines:
-                sent = lines[-1].sequence
-                yield job_pb2.TailLogsResponse(lines=[_log_line(line) for line in lines])
-            if len(lines) == BATCH:
+            found = await self._store.read(partial(_lines_after, uid=uid, sequence=sent, wanted=wanted))
+            if found.seen > sent:
+                sent = found.seen
+                yield job_pb2.TailLogsResponse(lines=found.lines, seen=sent)
+            if found.more:
                 continue
-            if not request.follow or State(state) in TERMINAL:
+            if not request.follow or found.ended:
                 return
             await self._pause(uid)
 
@@ -134,9 +164,12 @@ class JobHistory(job_pb2_grpc.JobServiceServicer):
         return with_queue(self._reconciler, job)
 
     async def _pause(self, uid: str) -> None:
+        self._check_open()
+        await self._notifier.wait(uid, LOOK_SECONDS)
+
+    def _check_open(self) -> None:
         if self._notifier.closing.is_set():
             raise Unavailable("the coordinator is stopping; watch again from the last number", "STOPPING")
-        await self._notifier.wait(uid, LOOK_SECONDS)
 
 
 def _events_after(session: Session, uid: str, sequence: int) -> tuple[Sequence[tables.JobEvent], tables.Job]:
@@ -151,12 +184,22 @@ def _events_after(session: Session, uid: str, sequence: int) -> tuple[Sequence[t
     return events, row
 
 
-def _lines_after(session: Session, uid: str, sequence: int, source: str) -> tuple[Sequence[tables.JobLog], str]:
+@dataclass(frozen=True)
+class _Lines:
+    """What one look at a log found: lines that match, and how far it looked."""
+
+    lines: list[job_pb2.LogLine]
+    seen: int
+    more: bool
+    ended: bool
+
+
+def _lines_after(session: Session, uid: str, sequence: int, wanted: LineFilter) -> _Lines:
     state = session.get_one(tables.Job, uid).state
     query = select(tables.JobLog).where(tables.JobLog.job_uid == uid, tables.JobLog.sequence > sequence)
-    if source:
-        query = query.where(tables.JobLog.source == source)
-    return session.exec(query.order_by(col(tables.JobLog.sequence)).limit(BATCH)).all(), state
+    rows = session.exec(query.order_by(col(tables.JobLog.sequence)).limit(BATCH)).all()
+    lines = [_log_line(row) for row in rows if wanted.takes(row)]
+    return _Lines(lines, rows[-1].sequence if rows else sequence, len(rows) == BATCH, State(state) in TERMINAL)
 
 
 def _log_line(row: tables.JobLog) -> job_pb2.LogLine:

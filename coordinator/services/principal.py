@@ -32,6 +32,7 @@ NEEDS: dict[str, admin_pb2.Role.ValueType] = {
     "/luthier.v1.JobService/PauseJob": EDITOR,
     "/luthier.v1.JobService/ResumeJob": EDITOR,
     "/luthier.v1.JobService/WatchJob": VIEWER,
+    "/luthier.v1.JobService/WatchJobs": VIEWER,
     "/luthier.v1.JobService/TailLogs": VIEWER,
     "/luthier.v1.JobService/ListCheckpoints": VIEWER,
     "/luthier.v1.JobService/ListJobMetrics": VIEWER,

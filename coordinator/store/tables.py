@@ -81,6 +81,8 @@ class Project(SQLModel, table=True):
     decayed_cpu_seconds: float = 0.0
     decayed_gpu_seconds: float = 0.0
     decay_time: datetime | None = _time(nullable=True)
+    # Number of the latest event of its jobs.
+    event_sequence: int = _big()
     create_time: datetime = _time()
 
 
@@ -201,9 +203,10 @@ class ReportCursor(SQLModel, table=True):
 
 
 class JobEvent(SQLModel, table=True):
-    """An append-only, numbered record of a job's life."""
+    """An append-only record of a job's life, numbered within its job and within its project."""
 
     __tablename__: ClassVar[Any] = "job_event"
+    __table_args__ = (Index("ix_job_event_project", "project_id", "project_sequence", unique=True),)
     job_uid: str = Field(primary_key=True, foreign_key="job.uid")
     sequence: int = Field(sa_column=Column(BigInteger, primary_key=True, autoincrement=False))
     time: datetime = _time()
@@ -212,6 +215,8 @@ class JobEvent(SQLModel, table=True):
     end_reason: str = "UNSPECIFIED"
     run: int = 0
     message: str = Field(default="", sa_column=Column(Text, nullable=False))
+    project_id: str
+    project_sequence: int = _big()
 
 
 class JobLog(SQLModel, table=True):

@@ -41,7 +41,7 @@ def furnish(coordinator: CoordinatorProcess, project: str) -> None:
             # No job that the scheduler would start: nothing here has a cluster anyway.
             spec={"base": "builtin:tiny", "dataset": "rows@1", "method": "full", "workers": 1},
         ),
-        tables.JobEvent(job_uid=f"uid-{project}", sequence=1, time=moment, type=1, state="QUEUED"),
+        tables.JobEvent(job_uid=f"uid-{project}", sequence=1, time=moment, type=1, state="QUEUED", project_id=project),
         tables.Dataset(project_id=project, id="rows", latest=1, create_time=moment),
         tables.DatasetVersion(
             **{"project_id": project, "dataset_id": "rows", "version": 1, "content_hash": "c", "uri": "file:///none"},

@@ -17,7 +17,7 @@ from luthier.client.channel import open_channel
 from luthier.client.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from luthier.client.names import full_name, full_version
 from luthier.client.paging import page_through
-from luthier.client.streams import STREAM_SECONDS, Stream, tail, watch
+from luthier.client.streams import STREAM_SECONDS, Stream, tail, watch, watch_project
 from luthier.client.tls import Tls
 from luthier.client.uploads import Progress, dataset_messages, model_files, model_messages, sha256_of
 from luthier.v1 import admin_pb2, dataset_pb2, endpoint_pb2, job_pb2, model_pb2
@@ -153,12 +153,40 @@ class Client:
                 return item.job
         return self.get_job(full)
 
-    def logs(self, name: str, after_sequence: int = 0, follow: bool = False, source: str = "") -> Iterator[job_pb2.LogLine]:
-        """Yield a job's log lines, oldest first; with `follow` until the job ends. Resumes like `watch`."""
+    def watch_jobs(self, after_sequence: int = 0) -> Iterator[job_pb2.WatchJobsResponse]:
+        """Yield the events of all the project's jobs after a number, each once and in order, for ever; -1 for those to come.
+
+        Resumes like `watch`. An item's `sequence` is where to go on from another time.
+        """
+        return watch_project(
+            lambda seen: self.jobs.WatchJobs(
+                job_pb2.WatchJobsRequest(parent=self.parent, after_sequence=seen), timeout=STREAM_SECONDS
+            ),
+            after_sequence,
+            self._patience,
+        )
+
+    def logs(
+        self,
+        name: str,
+        after_sequence: int = 0,
+        follow: bool = False,
+        source: str = "",
+        level: str = "",
+        pattern: str = "",
+        run: int = 0,
+    ) -> Iterator[job_pb2.LogLine]:
+        """Yield a job's log lines, oldest first; with `follow` until the job ends. Resumes like `watch`.
+
+        Only those of one source (`rank-0`) or run, of at least a level (`WARNING`), or that RE2 finds a pattern in, where given.
+        """
         full = self.job_name(name)
         return tail(
             lambda seen: self.jobs.TailLogs(
-                job_pb2.TailLogsRequest(name=full, after_sequence=seen, follow=follow, source=source), timeout=STREAM_SECONDS
+                job_pb2.TailLogsRequest(
+                    name=full, after_sequence=seen, follow=follow, source=source, level=level, pattern=pattern, run=run
+                ),
+                timeout=STREAM_SECONDS,
             ),
             after_sequence,
             follow,

@@ -17,6 +17,7 @@ from luthier.v1.job_pb2 import (
     LogLine,
     TailLogsResponse,
     WatchJobResponse,
+    WatchJobsResponse,
 )
 
 TERMINAL_STATES = frozenset({JOB_STATE_SUCCEEDED, JOB_STATE_FAILED, JOB_STATE_CANCELLED})
@@ -108,6 +109,35 @@ def watch(
         waiting.wait(error)
 
 
+def watch_project(
+    open_stream: Callable[[int], Stream[WatchJobsResponse]], after_sequence: int, patience: float | None
+) -> Iterator[WatchJobsResponse]:
+    """Yield the events of a project in order, each once, for ever. Bookmarks are taken in and not passed on."""
+    seen, gaps, waiting = after_sequence, 0, Patience(patience)
+    while True:
+        error: LuthierError | None = None
+        try:
+            with closing(_cancelling(open_stream(seen))) as items:
+                for item in items:
+                    waiting.reset()
+                    if item.WhichOneof("item") == "bookmark":
+                        # Also where to begin, for those who asked for what is to come.
+                        seen = max(seen, item.sequence)
+                    elif item.sequence > seen + 1:
+                        gaps += 1
+                        break
+                    elif item.sequence == seen + 1:
+                        seen, gaps = item.sequence, 0
+                        yield item
+        except LuthierError as failure:
+            if not broke(failure):
+                raise
+            error = None if isinstance(failure, DeadlineExceeded) else failure
+        if gaps > 2:
+            raise Internal(f"the coordinator skips event {seen + 1} of the project")
+        waiting.wait(error)
+
+
 def tail(
     open_stream: Callable[[int], Stream[TailLogsResponse]],
     after_sequence: int,
@@ -127,6 +157,7 @@ def tail(
                         if line.sequence > seen:
                             seen = line.sequence
                             yield line
+                    seen = max(seen, group.seen)
                     waiting.reset()
             if over:
                 return

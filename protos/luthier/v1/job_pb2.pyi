@@ -1433,8 +1433,72 @@ class WatchJobResponse(_message.Message):
 Global___WatchJobResponse: _TypeAlias = WatchJobResponse  # noqa: Y015
 
 @_typing.final
+class WatchJobsRequest(_message.Message):
+    """WatchJobsRequest says from where to watch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """projects/{project}."""
+    after_sequence: _builtins.int
+    """Number within the project of the last event already seen; 0 for all, -1 for those that are recorded from now on."""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        after_sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchJobsRequest: _TypeAlias = WatchJobsRequest  # noqa: Y015
+
+@_typing.final
+class WatchJobsResponse(_message.Message):
+    """WatchJobsResponse is one item of a watch over a project."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_FIELD_NUMBER: _builtins.int
+    BOOKMARK_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    bookmark: _builtins.int
+    """Sent when nothing happened for a while, and first of all: all events up to this number have been sent."""
+    job: _builtins.str
+    """projects/{project}/jobs/{job} of the event."""
+    sequence: _builtins.int
+    """Number of the event within its project, 1, 2, 3 ... without gaps: the next watch's after_sequence."""
+    @_builtins.property
+    def event(self) -> Global___JobEvent:
+        """An event of one of its jobs; each is sent once, in order."""
+
+    def __init__(
+        self,
+        *,
+        event: Global___JobEvent | None = ...,
+        bookmark: _builtins.int = ...,
+        job: _builtins.str = ...,
+        sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bookmark", b"bookmark", "event", b"event", "item", b"item"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bookmark", b"bookmark", "event", b"event", "item", b"item", "job", b"job", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_item: _TypeAlias = _typing.Literal["event", "bookmark"]  # noqa: Y015
+    _WhichOneofArgType_item: _TypeAlias = _typing.Literal["item", b"item"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_item) -> _WhichOneofReturnType_item | None: ...
+
+Global___WatchJobsResponse: _TypeAlias = WatchJobsResponse  # noqa: Y015
+
+@_typing.final
 class TailLogsRequest(_message.Message):
-    """TailLogsRequest says which lines."""
+    """TailLogsRequest says which lines. Those that do not match are passed over, and counted as seen."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1442,6 +1506,9 @@ class TailLogsRequest(_message.Message):
     AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
     FOLLOW_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
+    LEVEL_FIELD_NUMBER: _builtins.int
+    PATTERN_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """projects/{project}/jobs/{job}."""
     after_sequence: _builtins.int
@@ -1450,6 +1517,12 @@ class TailLogsRequest(_message.Message):
     """Go on until the job ends."""
     source: _builtins.str
     """Only lines of this source; empty for all."""
+    level: _builtins.str
+    """Only lines of at least this level: DEBUG, INFO, WARNING, ERROR or CRITICAL; empty for all."""
+    pattern: _builtins.str
+    """Only lines whose message this regular expression (RE2's syntax) is found in; empty for all."""
+    run: _builtins.int
+    """Only lines of this run; 0 for all."""
     def __init__(
         self,
         *,
@@ -1457,10 +1530,13 @@ class TailLogsRequest(_message.Message):
         after_sequence: _builtins.int = ...,
         follow: _builtins.bool = ...,
         source: _builtins.str = ...,
+        level: _builtins.str = ...,
+        pattern: _builtins.str = ...,
+        run: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "follow", b"follow", "name", b"name", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "follow", b"follow", "level", b"level", "name", b"name", "pattern", b"pattern", "run", b"run", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1473,6 +1549,9 @@ class TailLogsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LINES_FIELD_NUMBER: _builtins.int
+    SEEN_FIELD_NUMBER: _builtins.int
+    seen: _builtins.int
+    """Number of the last line that was looked at, whether or not it matched: where to go on from."""
     @_builtins.property
     def lines(self) -> _containers.RepeatedCompositeFieldContainer[Global___LogLine]:
         """The lines, in order."""
@@ -1481,10 +1560,11 @@ class TailLogsResponse(_message.Message):
         self,
         *,
         lines: _abc.Iterable[Global___LogLine] | None = ...,
+        seen: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lines", b"lines"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lines", b"lines", "seen", b"seen"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -75,6 +75,11 @@ class JobServiceStub:
                 request_serializer=luthier_dot_v1_dot_job__pb2.WatchJobRequest.SerializeToString,
                 response_deserializer=luthier_dot_v1_dot_job__pb2.WatchJobResponse.FromString,
                 _registered_method=True)
+        self.WatchJobs = channel.unary_stream(
+                '/luthier.v1.JobService/WatchJobs',
+                request_serializer=luthier_dot_v1_dot_job__pb2.WatchJobsRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_job__pb2.WatchJobsResponse.FromString,
+                _registered_method=True)
         self.TailLogs = channel.unary_stream(
                 '/luthier.v1.JobService/TailLogs',
                 request_serializer=luthier_dot_v1_dot_job__pb2.TailLogsRequest.SerializeToString,
@@ -154,6 +159,14 @@ class JobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchJobs(self, request, context):
+        """WatchJobs streams the events of all jobs of a project after a given number, in the order in which they were recorded, then live
+        ones. It goes on until the caller ends it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def TailLogs(self, request, context):
         """TailLogs streams a job's log lines, oldest first, and follows if asked.
         """
@@ -217,6 +230,11 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.WatchJob,
                     request_deserializer=luthier_dot_v1_dot_job__pb2.WatchJobRequest.FromString,
                     response_serializer=luthier_dot_v1_dot_job__pb2.WatchJobResponse.SerializeToString,
+            ),
+            'WatchJobs': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchJobs,
+                    request_deserializer=luthier_dot_v1_dot_job__pb2.WatchJobsRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_job__pb2.WatchJobsResponse.SerializeToString,
             ),
             'TailLogs': grpc.unary_stream_rpc_method_handler(
                     servicer.TailLogs,
@@ -451,6 +469,33 @@ class JobService:
             '/luthier.v1.JobService/WatchJob',
             luthier_dot_v1_dot_job__pb2.WatchJobRequest.SerializeToString,
             luthier_dot_v1_dot_job__pb2.WatchJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchJobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/luthier.v1.JobService/WatchJobs',
+            luthier_dot_v1_dot_job__pb2.WatchJobsRequest.SerializeToString,
+            luthier_dot_v1_dot_job__pb2.WatchJobsResponse.FromString,
             options,
             channel_credentials,
             insecure,

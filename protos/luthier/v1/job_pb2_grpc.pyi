@@ -53,6 +53,10 @@ class JobServiceStub:
     """ResumeJob queues a paused job again; it goes on from its last checkpoint. Takes back a pause that has not happened yet."""
     WatchJob: _grpc.UnaryStreamMultiCallable[_job_pb2.WatchJobRequest, _job_pb2.WatchJobResponse]
     """WatchJob streams the numbered events of a job after a given number, then live ones, and ends after the terminal one."""
+    WatchJobs: _grpc.UnaryStreamMultiCallable[_job_pb2.WatchJobsRequest, _job_pb2.WatchJobsResponse]
+    """WatchJobs streams the events of all jobs of a project after a given number, in the order in which they were recorded, then live
+    ones. It goes on until the caller ends it.
+    """
     TailLogs: _grpc.UnaryStreamMultiCallable[_job_pb2.TailLogsRequest, _job_pb2.TailLogsResponse]
     """TailLogs streams a job's log lines, oldest first, and follows if asked."""
     ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_job_pb2.ListCheckpointsRequest, _job_pb2.ListCheckpointsResponse]
@@ -85,6 +89,10 @@ class JobServiceAsyncStub(JobServiceStub):
     """ResumeJob queues a paused job again; it goes on from its last checkpoint. Takes back a pause that has not happened yet."""
     WatchJob: _aio.UnaryStreamMultiCallable[_job_pb2.WatchJobRequest, _job_pb2.WatchJobResponse]  # type: ignore[assignment]
     """WatchJob streams the numbered events of a job after a given number, then live ones, and ends after the terminal one."""
+    WatchJobs: _aio.UnaryStreamMultiCallable[_job_pb2.WatchJobsRequest, _job_pb2.WatchJobsResponse]  # type: ignore[assignment]
+    """WatchJobs streams the events of all jobs of a project after a given number, in the order in which they were recorded, then live
+    ones. It goes on until the caller ends it.
+    """
     TailLogs: _aio.UnaryStreamMultiCallable[_job_pb2.TailLogsRequest, _job_pb2.TailLogsResponse]  # type: ignore[assignment]
     """TailLogs streams a job's log lines, oldest first, and follows if asked."""
     ListCheckpoints: _aio.UnaryUnaryMultiCallable[_job_pb2.ListCheckpointsRequest, _job_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
@@ -162,6 +170,16 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_job_pb2.WatchJobResponse], _abc.AsyncIterator[_job_pb2.WatchJobResponse]]:
         """WatchJob streams the numbered events of a job after a given number, then live ones, and ends after the terminal one."""
+
+    @_abc_1.abstractmethod
+    def WatchJobs(
+        self,
+        request: _job_pb2.WatchJobsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_job_pb2.WatchJobsResponse], _abc.AsyncIterator[_job_pb2.WatchJobsResponse]]:
+        """WatchJobs streams the events of all jobs of a project after a given number, in the order in which they were recorded, then live
+        ones. It goes on until the caller ends it.
+        """
 
     @_abc_1.abstractmethod
     def TailLogs(

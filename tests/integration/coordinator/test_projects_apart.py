@@ -39,6 +39,7 @@ TAKES: dict[str, tuple[str, str] | None] = {
     "PauseJob": ("name", JOB),
     "ResumeJob": ("name", JOB),
     "WatchJob": ("name", JOB),
+    "WatchJobs": ("parent", PARENT),
     "TailLogs": ("name", JOB),
     "ListCheckpoints": ("parent", JOB),
     "ListJobMetrics": ("parent", JOB),

@@ -253,6 +253,7 @@ def test_the_coordinator_is_told_everything_by_its_environment(home: Path) -> No
         "PORT": "7420",
         "GATEWAY_HOST": "127.0.0.1",
         "GATEWAY_PORT": "8000",
+        "METRICS_PORT": "0",
         "RAY_ADDRESS": "http://127.0.0.1:2",
         "RAY_TOKEN_PATH": "/t",
         "AGENT_PYTHON": sys.executable,

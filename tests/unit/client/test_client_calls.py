@@ -33,6 +33,7 @@ def test_only_calls_that_are_safe_to_repeat_are_repeated() -> None:
     assert named <= existing
     assert {method for _, method in existing - named} == {
         "WatchJob",  # streams resume by sequence instead
+        "WatchJobs",
         "TailLogs",
         "UploadDataset",  # streams up are repeated with their request_id
         "UploadModel",

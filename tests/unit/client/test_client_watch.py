@@ -2,12 +2,14 @@
 
 import threading
 import time
+from collections.abc import Iterator
+from itertools import islice
 
 import grpc
 import pytest
 
 from luthier.client import Client, DeadlineExceeded, Internal, OutOfRange, Unavailable
-from luthier.client.streams import watch
+from luthier.client.streams import watch, watch_project
 from luthier.v1.job_pb2 import (
     JOB_STATE_CANCELLED,
     JOB_STATE_RUNNING,
@@ -17,6 +19,7 @@ from luthier.v1.job_pb2 import (
     LogLine,
     Progress,
     WatchJobResponse,
+    WatchJobsResponse,
 )
 from tests.support.fake_services import Failure, FakeCoordinator
 
@@ -120,6 +123,31 @@ def test_a_gap_is_read_again_and_a_repeated_event_dropped() -> None:
 def test_a_gap_that_stays_is_an_error_not_a_silent_loss() -> None:
     with pytest.raises(Internal, match="skips event 7"):
         list(watch(lambda seen: Scripted(8, 9), 6, patience=5))
+
+
+def test_a_project_is_watched_from_where_it_stands_and_over_a_break_without_gap_or_repeat() -> None:
+    def says(*items: int) -> Iterator[WatchJobsResponse]:
+        for number in items:
+            yield WatchJobsResponse(event=JobEvent(), sequence=number) if number else WatchJobsResponse(bookmark=6, sequence=6)
+
+    class Stream:
+        def __init__(self, *items: int) -> None:
+            self.items = says(*items)
+
+        def __iter__(self) -> Iterator[WatchJobsResponse]:
+            return self.items
+
+        def cancel(self) -> None: ...
+
+    streams = iter([Stream(0, 7, 8, 10), Stream(8, 9, 10)])
+    asked: list[int] = []
+
+    def open_stream(seen: int) -> Stream:
+        asked.append(seen)
+        return next(streams)
+
+    found = [item.sequence for item in islice(watch_project(open_stream, -1, patience=5), 4)]
+    assert (found, asked) == ([7, 8, 9, 10], [-1, 8])
 
 
 def test_wait_returns_the_job_or_says_that_it_takes_too_long(fake: FakeCoordinator, client: Client) -> None:
