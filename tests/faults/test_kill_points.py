@@ -22,6 +22,7 @@ from tests.support.kill_checks import RayJob
 from tests.support.kill_crowd import Crowd
 from tests.support.kill_plans import CPUS, PLANS, numbered
 from tests.support.mortal_coordinator import MortalCoordinator
+from tests.support.postgres import Postgres
 from tests.support.ray_head import running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -34,6 +35,9 @@ PATIENCE = 300.0
 """Seconds within which a point has to be reached by some job, and within which all is quiet after the last kill."""
 
 AT_RANDOM = "at random"
+
+ON_POSTGRESQL = pytest.param("postgresql", marks=[pytest.mark.chaos, pytest.mark.postgres])
+"""Besides SQLite, where there is time for it."""
 
 OFTEN = (
     *(ANY_COMMIT, "commit.CREATED", "commit.QUEUED>STARTING", "commit.STARTING>RUNNING", "commit.RUNNING>SUCCEEDED"),
@@ -131,7 +135,7 @@ class Storm:
 
 def store_of(mortal: MortalCoordinator) -> str:
     """URL of a coordinator's records."""
-    return f"sqlite:///{mortal.home / 'luthier.db'}"
+    return mortal.settings.get("store_url") or f"sqlite:///{mortal.home / 'luthier.db'}"
 
 
 @pytest.fixture(scope="module")
@@ -149,15 +153,17 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def mortal(ray: RayState, tmp_path: Path, folder: Path) -> Iterator[MortalCoordinator]:
+def mortal(request: pytest.FixtureRequest, ray: RayState, tmp_path: Path, folder: Path) -> Iterator[MortalCoordinator]:
+    settings = {"ray_address": ray.address, "ray_token_path": ray.token_path}
+    if getattr(request, "param", "sqlite") == "postgresql":
+        server: Postgres = request.getfixturevalue("postgres")
+        settings["store_url"] = server.url(server.database())
     program = tmp_path / "agent"
     path = os.pathsep.join([str(ROOT), str(ROOT / "protos")])
     words = [sys.executable, str(Path(tiny_agent.__file__)), str(folder)]
     program.write_text(f"#!/bin/sh\nexport PYTHONPATH={shlex.quote(path)}\nexec {shlex.join(words)}\n")
     program.chmod(0o755)
-    mortal = MortalCoordinator(
-        tmp_path / "home", ray_address=ray.address, ray_token_path=ray.token_path, agent_python=str(program)
-    )
+    mortal = MortalCoordinator(tmp_path / "home", agent_python=str(program), **settings)
     yield mortal
     mortal.close()
 
@@ -179,6 +185,7 @@ def test_every_call_to_ray_is_among_the_points() -> None:
     assert calls == {*RAY_CALLS, *RAY_CALLS_FOR_ENDPOINTS}
 
 
+@pytest.mark.parametrize("mortal", ["sqlite", ON_POSTGRESQL], indirect=True)
 def test_killed_at_every_point_it_loses_nothing_and_does_nothing_twice(
     mortal: MortalCoordinator, crowd: Crowd, ray: RayState, folder: Path
 ) -> None:
@@ -211,6 +218,7 @@ def test_killed_at_every_commit_of_its_first_start_it_starts_all_the_same(mortal
 
 
 @pytest.mark.chaos
+@pytest.mark.parametrize("mortal", ["sqlite", ON_POSTGRESQL], indirect=True)
 def test_killed_two_hundred_times_it_loses_nothing_and_does_nothing_twice(
     mortal: MortalCoordinator, crowd: Crowd, ray: RayState, folder: Path
 ) -> None:
@@ -224,6 +232,7 @@ def test_killed_two_hundred_times_it_loses_nothing_and_does_nothing_twice(
 
 
 @pytest.mark.chaos
+@pytest.mark.parametrize("mortal", ["sqlite", ON_POSTGRESQL], indirect=True)
 @pytest.mark.parametrize("down", [20.0, 60.0])
 def test_killed_and_away_for_long_it_finds_its_runs_again(
     mortal: MortalCoordinator, crowd: Crowd, ray: RayState, folder: Path, down: float
