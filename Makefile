@@ -20,9 +20,10 @@ $(STAMP): pyproject.toml protos/pyproject.toml constraints.txt
 demo: install
 	$(BIN)/luthier demo --report demo-report.json
 
-# Two processes share the run: one has the stack, the other everything else (tests/conftest.py says which test goes where).
+# Three processes share the run: one has the stack, one the private Rays, and one everything else (tests/conftest.py says which test
+# goes where). More than there may be cores, because every Ray has its waits.
 test: install
-	$(BIN)/python -m pytest tests -n 2 --dist loadscope --no-loadscope-reorder
+	$(BIN)/python -m pytest tests -n 3 --dist loadscope --no-loadscope-reorder
 
 test-fast: install
 	$(BIN)/python -m pytest tests/unit -m 'not chaos and not postgres'

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from benchmarks import schedule, simulate, submit, submits
+from benchmarks import restart, schedule, simulate, submit, submits
 
 if __name__ == "__main__":
     submit.main()
     submits.main()
+    restart.main()
     schedule.main()
     simulate.main()

@@ -27,7 +27,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 class TogetherScheduling(LoadScopeScheduling):
-    """Where two processes share a run: one has the tests of the one stack, the other the private Ray and everything else."""
+    """Where processes share a run: one has the tests of the one stack, one those with a private Ray, others everything else."""
 
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.partition("::")[0]
