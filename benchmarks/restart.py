@@ -1,8 +1,8 @@
 """How long a coordinator that was killed takes to answer again, with 100,000 jobs in its store, against one with an empty store.
 
-Of the jobs 90,000 have ended, each with its run and five events, 9,900 wait and 100 run; no Ray answers. The coordinators are killed
-by SIGKILL and started again in turn. Measured from the start of the process to three answers: a health check, the first page of
-the jobs, and a waiting job that is told its place in the queue.
+Of the jobs 90,000 have ended, each with its run and five events, 9,900 wait and 100 run; no Ray answers. The coordinators are
+killed by SIGKILL and started again in turn. Measured from the start of the process to three answers: a health check, the first
+page of the jobs, and a waiting job that is told its place in the queue.
 """
 
 from __future__ import annotations
