@@ -44,7 +44,7 @@ PERIOD = 2.0
 """Seconds between looks at Serve while something is on its way."""
 
 IDLE_PERIOD = 10.0
-"""Seconds between looks at Serve while everything is as desired."""
+"""Seconds between looks at Serve while everything is as desired, where only this coordinator changes what is."""
 
 DEPLOYING, READY, FAILED, DELETING = (
     endpoint_pb2.EndpointState.Name(state)
@@ -70,6 +70,8 @@ class Deployer:
         self._store = store
         self._leadership = leadership
         self._epoch = leadership.epoch
+        # On PostgreSQL another coordinator may record a deployment or revoke a key, and nothing tells this one.
+        self._idle = IDLE_PERIOD if store.kind == "sqlite" else PERIOD
         self._cluster = cluster
         self._notifier = notifier
         self._gateway = GatewaySpec(host=host, port=port)
@@ -83,7 +85,7 @@ class Deployer:
         while not self._notifier.closing.is_set():
             period = PERIOD
             try:
-                period = PERIOD if await self.round() else IDLE_PERIOD
+                period = PERIOD if await self.round() else self._idle
             except Unavailable as error:
                 self.gateway_state = "unreachable" if self._sent else "not_started"
                 self._sent = ""

@@ -92,7 +92,11 @@ class Leadership:
     def _serve(self, changed: Callable[[], object]) -> None:
         while not self._stopped.is_set():
             before = self.epoch
-            self.look()
+            try:
+                self.look()
+            except Exception:  # whatever it was, this thread goes on: without it nobody would lead
+                log.exception("standing for leader failed")
+                self.resign()
             if self.epoch != before:
                 if self.epoch:
                     log.info("leads, epoch %d", self.epoch)
