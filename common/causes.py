@@ -5,8 +5,16 @@ from __future__ import annotations
 BAD_DATA = "BAD_DATA"
 OUT_OF_MEMORY = "OUT_OF_MEMORY"
 WORKER_LOST = "WORKER_LOST"
+NOT_PLACED = "NOT_PLACED"
+HANG = "HANG"
 
-_REASONS = {BAD_DATA: "BAD_DATA", OUT_OF_MEMORY: "OUT_OF_MEMORY", WORKER_LOST: "NODE_LOST"}
+_REASONS = {
+    BAD_DATA: "BAD_DATA",
+    OUT_OF_MEMORY: "OUT_OF_MEMORY",
+    WORKER_LOST: "NODE_LOST",
+    NOT_PLACED: "LAUNCH_FAILED",
+    HANG: "HANG",
+}
 
 
 def end_reason(code: str) -> str:

@@ -14,20 +14,30 @@ import ray.train
 from ray.exceptions import OutOfMemoryError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import (
+    InsufficientClusterResourcesError,
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckTimeoutError,
+)
 
 from agents.failures import TRACEBACK_LIMIT, RunFailed, is_out_of_memory, is_peer_loss, job_error_of
 from agents.training import environment
 from agents.training.config import TrainConfig
 from agents.training.worker import TRAINING_ERROR, TrainPayload, TrainResult, train_worker
 from common import storage
-from common.causes import OUT_OF_MEMORY, WORKER_LOST
+from common.causes import HANG, NOT_PLACED, OUT_OF_MEMORY, WORKER_LOST
 from common.errors import Internal, LuthierError
 from luthier.v1 import job_pb2
 
 logger = logging.getLogger(__name__)
 
-COLLECTIVE_TIMEOUT_SECONDS = 1800
-PLACEMENT_TIMEOUT_SECONDS = 86_400
+# Who stands still is found by the ranks' own watch (watch.py); a collective that gives up earlier names nobody, and may be wrong:
+# the others wait in one while rank 0 uploads a large checkpoint.
+COLLECTIVE_TIMEOUT_SECONDS = 86_400
+# The scheduler starts what has room: a gang that waits for longer than an autoscaler takes has lost it to something else.
+PLACEMENT_TIMEOUT_SECONDS = 600
+NOT_STARTED = (InsufficientClusterResourcesError, WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError)
 # Read by Ray Train's controller, which takes them from the driver's environment.
 _CONTROLLER = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(PLACEMENT_TIMEOUT_SECONDS),
@@ -64,7 +74,8 @@ def run_training(payload: TrainPayload, *, callbacks: Sequence[Any] = ()) -> Tra
         run_config=RunConfig(
             name=payload.trial or "train",
             storage_path=storage.join(payload.run_uri, "ray"),
-            failure_config=FailureConfig(max_failures=0),
+            # Ray Train's default is to wait for a place for ever, again and again.
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             callbacks=list(callbacks),
             worker_runtime_env={"env_vars": {"DS_ACCELERATOR": "cpu"}} if not use_gpu else {},
         ),
@@ -91,8 +102,27 @@ def root_cause(error: BaseException, payload: TrainPayload) -> job_pb2.JobError:
     failures = getattr(error, "worker_failures", None) or {}
     causes = [_cause(failure, payload.source(rank)) for rank, failure in sorted(failures.items())]
     if not causes:
-        return _cause(getattr(error, "controller_failure", error), f"{payload.trial}/driver" if payload.trial else "driver")
+        failure = getattr(error, "controller_failure", error)
+        source = f"{payload.trial}/driver" if payload.trial else "driver"
+        if any(isinstance(layer, NOT_STARTED) for layer in _layers(failure)):
+            return _not_placed(failure, source, payload)
+        return _cause(failure, source)
     return min(causes, key=lambda cause: (is_peer_loss(cause), cause.code == WORKER_LOST))
+
+
+def _not_placed(error: BaseException, source: str, payload: TrainPayload) -> job_pb2.JobError:
+    config = payload.config
+    gpus = config.gpus_per_worker if config.gpus_per_worker is not None else float(payload.use_gpu)
+    each = f"{config.cpus_per_worker:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+    why = "found no place on the cluster"
+    if isinstance(error, WorkerGroupStartupTimeoutError):
+        why += f" within {PLACEMENT_TIMEOUT_SECONDS} s; a node was lost, or something beside Luthier holds it"
+    elif isinstance(error, WorkerGroupStartupFailedError):
+        why = "were placed but did not start; their node was lost"
+    message = f"{config.workers} workers with {each} each {why}"
+    return job_pb2.JobError(
+        code=NOT_PLACED, source=source, exception=type(error).__name__, message=message, traceback=str(error)[-TRACEBACK_LIMIT:]
+    )
 
 
 def _cause(error: BaseException, source: str) -> job_pb2.JobError:
@@ -105,6 +135,9 @@ def _cause(error: BaseException, source: str) -> job_pb2.JobError:
     if any(isinstance(layer, OutOfMemoryError) or is_out_of_memory(layer) for layer in layers):
         message = f"the node of {source} ran out of memory; use a smaller batch_size, more workers or a higher zero_stage"
         return job_pb2.JobError(code=OUT_OF_MEMORY, source=source, exception=name, message=message)
+    if any(isinstance(layer, WorkerHealthCheckTimeoutError) for layer in layers):
+        message = f"the process of {source} has not answered Ray for too long: it stands still, or its node cannot be reached"
+        return job_pb2.JobError(code=HANG, source=source, exception=name, message=message)
     if isinstance(innermost, RayError):
         message = f"the process of {source} died without a word; it was killed, or its node was lost"
         return job_pb2.JobError(

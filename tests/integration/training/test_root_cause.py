@@ -5,18 +5,25 @@ from __future__ import annotations
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import (
+    InsufficientClusterResourcesError,
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
 
-from agents.failures import RunFailed, job_error_of
+from agents.failures import RunFailed, end_reason_of, job_error_of
 from agents.link import LinkConfig
 from agents.training.ray_entry import root_cause
 from agents.training.worker import TrainPayload
 from common.errors import InvalidArgument
+from luthier.v1 import job_pb2, training_pb2
 
 
-def _payload(trial: str = "") -> TrainPayload:
+def _payload(trial: str = "", spec: bytes = b"") -> TrainPayload:
     link = LinkConfig("127.0.0.1:1", "job", 1, "s" * 40)
-    return TrainPayload(b"", link, "file:///b", "", "b", "file:///d", "", "file:///r", trial=trial)
+    return TrainPayload(spec, link, "file:///b", "", "b", "file:///d", "", "file:///r", trial=trial)
 
 
 def _failed(error: BaseException, rank: int) -> RunFailed:
@@ -57,3 +64,27 @@ def test_a_process_that_died_outranks_those_that_lost_it() -> None:
 def test_a_fault_of_the_controller_is_the_drivers() -> None:
     cause = root_cause(ControllerError(ValueError("no room")), _payload())
     assert (cause.source, cause.message) == ("driver", "ValueError: no room")
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (WorkerGroupStartupTimeoutError(8), "8 workers with 2 CPUs and 1 GPUs each found no place on the cluster within 600 s"),
+        (InsufficientClusterResourcesError("too small"), "8 workers with 2 CPUs and 1 GPUs each found no place on the cluster"),
+        (WorkerGroupStartupFailedError("died"), "8 workers with 2 CPUs and 1 GPUs each were placed but did not start"),
+    ],
+)
+def test_workers_that_found_no_place_are_tried_again_later(failure: Exception, said: str) -> None:
+    spec = training_pb2.FinetuneSpec(base="builtin:tiny", dataset="d@1", method="full", workers=8)
+    spec.worker_resources.cpus, spec.worker_resources.gpus = 2, 1
+    cause = root_cause(ControllerError(failure), _payload(spec=spec.SerializeToString()))
+    assert cause.message.startswith(said)
+    assert (cause.code, cause.source) == ("NOT_PLACED", "driver")
+    assert end_reason_of(cause) == job_pb2.END_REASON_LAUNCH_FAILED
+
+
+def test_a_process_that_answers_ray_no_more_hangs() -> None:
+    failures: dict[int, Exception] = {0: _failed(LOST, 0), 1: WorkerHealthCheckTimeoutError("a health check hangs")}
+    cause = root_cause(WorkerGroupError("gone", failures), _payload())
+    assert (cause.code, cause.source) == ("HANG", "rank-1")
+    assert end_reason_of(cause) == job_pb2.END_REASON_HANG
