@@ -165,6 +165,10 @@ class Link:
         """This process raised. Evidence for the root cause, not an end of the run."""
         self._put(agent_pb2.Report(failure=error), urgent=True)
 
+    def standing(self, standing: agent_pb2.StandingReport) -> None:
+        """Where this process has stood for long; an empty report where it moves again. Only the latest is kept."""
+        self._put(agent_pb2.Report(standing=standing), urgent=True)
+
     def outcome(self, outcome: agent_pb2.OutcomeReport) -> None:
         """End the run, and return once the coordinator has acknowledged it, however long it is away.
 

@@ -19,9 +19,9 @@ MAX_METRICS = 20_000
 class Spool:
     """Reports that have not been sent yet. Not thread-safe: the link's lock guards it.
 
-    Progress and trials keep their latest word; the oldest log lines go first, with a line that says how many; figures are
-    thinned to every second step. Phases, checkpoints, failures and the outcome are never given up, and
-    nothing follows an outcome.
+    Progress, trials and standings keep their latest word; the oldest log lines go first, with a line that says how many; figures
+    are thinned to every second step. Phases, checkpoints, failures and the outcome are never given up, and nothing follows an
+    outcome.
     """
 
     def __init__(self, run: int, source: str) -> None:
@@ -54,6 +54,8 @@ class Spool:
             self._progress = None
         if body == "trial":
             self._queue = deque(held for held in self._queue if not (held.HasField("trial") and held.trial.id == report.trial.id))
+        if body == "standing":
+            self._queue = deque(held for held in self._queue if not held.HasField("standing"))
         if body == "outcome":
             self._flush_lines()
             self._ended = True

@@ -167,6 +167,12 @@ def fetch(uri: str, sha256: str = "") -> Path:
     return folder
 
 
+def delete(uri: str) -> None:
+    """Delete the artifact at a URI, its manifest first: half of one must not look whole. One that is not there is fine."""
+    storage.delete_file(storage.join(uri, NAME))
+    storage.delete_tree(uri)
+
+
 def discard(folder: Path) -> None:
     """Remove what `fetch` returned from this node, where nobody will want it again. Safe to call from several processes."""
     with node_lock(f"artifact-{folder.name}"):

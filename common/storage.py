@@ -100,6 +100,14 @@ def list_files(uri: str) -> list[str]:
     return sorted(info.path.removeprefix(prefix) for info in found if info.type == pafs.FileType.File)
 
 
+def delete_file(uri: str) -> None:
+    """Delete a file; one that does not exist is fine."""
+    filesystem, path = _open(uri)
+    with _told(uri):
+        if filesystem.get_file_info(path).type == pafs.FileType.File:
+            filesystem.delete_file(path)
+
+
 def delete_tree(uri: str) -> None:
     """Delete a folder with everything in it; a folder that does not exist is fine. The root of a storage is refused."""
     if len([segment for segment in _split(uri).path.split("/") if segment]) < 1:

@@ -36,6 +36,11 @@ def stamp(moment: datetime | None) -> Timestamp | None:
     return timestamp
 
 
+def numbers(figures: dict[str, Any]) -> dict[str, float]:
+    """Figures as numbers: JSON keeps NaN and infinities as words."""
+    return {name: float(value) for name, value in figures.items()}
+
+
 def job_name(row: tables.Job) -> str:
     """Resource name of a job."""
     return f"projects/{row.project_id}/jobs/{row.job_id}"
@@ -76,6 +81,8 @@ def job(
     parse({row.kind: row.spec}, message)
     if row.time_limit_seconds is not None:
         message.time_limit.FromMilliseconds(int(row.time_limit_seconds * 1000))
+    if row.hang_timeout_seconds is not None:
+        message.hang_timeout.FromMilliseconds(int(row.hang_timeout_seconds * 1000))
     if row.progress:
         parse(row.progress, message.progress)
     if row.result:
@@ -127,6 +134,7 @@ def checkpoint(job: tables.Job, row: tables.Checkpoint) -> job_pb2.Checkpoint:
         uri=row.uri,
         manifest_sha256=row.manifest_sha256,
         size_bytes=row.size_bytes,
+        metrics=numbers(row.figures),
         create_time=stamp(row.create_time),
     )
 

@@ -26,6 +26,17 @@ _RECORDED = {
 }
 
 
+HELD_OUT = "eval_loss"
+
+
+def _waiting(state: TrainerState) -> str:
+    return f"waits for the rows of step {state.global_step + 1}"
+
+
+def _computing(state: TrainerState) -> str:
+    return f"computes step {state.global_step + 1} with the others"
+
+
 class RunCallback(TrainerCallback):
     """Reports a run and steers it. One instance a rank; set `trainer` before training starts."""
 
@@ -41,19 +52,30 @@ class RunCallback(TrainerCallback):
         self.wish = Wish.NONE
         self.tokens = 0
         self.losses: list[float] = []
+        self._figures: dict[str, float] = {}
 
     def hold_out(self, measure: Callable[[], dict[str, float]]) -> None:
-        """For sweeps: measure the held-out loss with `measure` whenever a trial reports."""
+        """Measure the held-out loss with `measure` whenever a trial reports, or a checkpoint is judged by it."""
         self._held_out = measure
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clocks."""
         self._start = self._last = time.monotonic()
         self._start_step = self._last_step = state.global_step
+        self._context.watch.at(state.global_step, _waiting(state))
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The rows of a step are there, on this rank."""
+        self._context.watch.at(state.global_step, _computing(state))
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A micro-step of several is done."""
+        self._context.watch.at(state.global_step, _computing(state))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """After every optimiser step, on every rank."""
         context = self._context
+        context.watch.stepped(state.global_step, f"agrees with the others after step {state.global_step}")
         if self.engine is None:
             model = self.trainer.model
             self.engine = engine_report(self.trainer.model_wrapped, model, context.config.zero_stage, context.rank, context.node)
@@ -66,6 +88,12 @@ class RunCallback(TrainerCallback):
         if reports is not None and (state.global_step % reports.every_steps == 0 or state.global_step == state.max_steps):
             control.should_log = True
             self._trial_step = state.global_step
+        if control.should_save and context.config.keep.best:
+            control.should_log = True  # what it is judged by
+        if control.should_save or self._trial_step == state.global_step:
+            context.watch.at_length(state.global_step, f"scores or saves after step {state.global_step}", self.state_bytes())
+        else:
+            context.watch.at(state.global_step, _waiting(state))
 
     def _heed(self, wish: Wish, state: TrainerState, control: TrainerControl) -> None:
         if wish is Wish.PAUSE and state.global_step >= state.max_steps:
@@ -88,6 +116,7 @@ class RunCallback(TrainerCallback):
                 "LOSS_NOT_FINITE",
             )
         self.losses.append(loss)
+        self._figures = {name: float(logs[key]) for key, name in _RECORDED.items() if key in logs}
         self.tokens = int(logs.get("num_tokens", 0))
         if self._context.is_main:
             self._report(args, state, logs, loss)
@@ -98,7 +127,17 @@ class RunCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The ranks have written a checkpoint into this node's folder: publish it."""
-        self._checkpoints.publish(Path(args.output_dir or "") / f"checkpoint-{state.global_step}", state.global_step)
+        keep, figures = self._context.config.keep, {}
+        if keep.best:
+            known = self._held_out() if keep.metric == HELD_OUT and self._held_out is not None else self._figures
+            figures = {keep.metric: known[keep.metric]} if keep.metric in known else {}
+        self._checkpoints.publish(Path(args.output_dir or "") / f"checkpoint-{state.global_step}", state.global_step, figures)
+        self._context.watch.at(state.global_step, _waiting(state))
+
+    def state_bytes(self) -> int:
+        """Bytes of parameters and optimiser state over all ranks: what a checkpoint has to move."""
+        ranks = self.engine.ranks if self.engine is not None else ()
+        return sum(rank.parameter_bytes + rank.optimizer_bytes for rank in ranks)
 
     def _report(self, args: TrainingArguments, state: TrainerState, logs: dict[str, Any], loss: float) -> None:
         now = time.monotonic()

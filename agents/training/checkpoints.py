@@ -1,4 +1,4 @@
-"""Checkpoints: a folder of every rank's files, published as one artifact, and the older ones deleted."""
+"""Checkpoints: a folder of every rank's files, published as one artifact, and those deleted that are not to be kept."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import json
 import logging
 import shutil
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 
 from agents.training.context import TrainContext
 from agents.training.distributed import barrier, gather
 from common import manifest, storage
+from common.keeping import kept
 from luthier.v1 import job_pb2
 
 logger = logging.getLogger(__name__)
 
 
 class CheckpointPublisher:
-    """Publishes what the ranks wrote at a step, and keeps the latest few. Collective: every rank has to call `publish`.
+    """Publishes what the ranks wrote at a step, and keeps what the policy keeps. Collective: every rank has to call `publish`.
 
     Nodes share nothing but the storage. On one node rank 0 publishes the folder; on several, one rank a node uploads the files
     that only its node has, all wait, and rank 0 adds its own and writes the manifest, so that a checkpoint is whole or not there.
@@ -25,12 +27,12 @@ class CheckpointPublisher:
 
     def __init__(self, context: TrainContext) -> None:
         self._context = context
-        self._published: list[str] = []
+        self._published: dict[int, Mapping[str, float]] = {}
 
-    def publish(self, folder: Path, step: int) -> None:
-        """Publish the files in this node's `folder` as the checkpoint of a step, and remove the folder."""
+    def publish(self, folder: Path, step: int, figures: Mapping[str, float]) -> None:
+        """Publish the files in this node's `folder` as the checkpoint of a step with its figures, and remove the folder."""
         context = self._context
-        uri = storage.join(context.run_uri, "checkpoints", f"step-{step}")
+        uri = self._uri(step)
         barrier()  # every rank has written
         homes = gather(f"{socket.gethostname()}:{folder}")
         leads = context.rank == homes.index(homes[context.rank])
@@ -38,11 +40,17 @@ class CheckpointPublisher:
         if context.is_main:
             artifact = _publish_all(folder, uri, remote) if remote else manifest.publish(folder, uri)
             checkpoint = job_pb2.Checkpoint(
-                run=context.run, step=step, uri=uri, manifest_sha256=artifact.sha256, size_bytes=artifact.size_bytes
+                run=context.run,
+                step=step,
+                uri=uri,
+                manifest_sha256=artifact.sha256,
+                size_bytes=artifact.size_bytes,
+                metrics=figures,
             )
             checkpoint.create_time.GetCurrentTime()
             context.reporter.checkpoint(checkpoint)
-            self._delete_older(uri)
+            self._published[step] = figures
+            self._delete_others()
         barrier()
         if leads:
             shutil.rmtree(folder, ignore_errors=True)
@@ -65,15 +73,17 @@ class CheckpointPublisher:
         barrier()
         return others
 
-    def _delete_older(self, uri: str) -> None:
-        self._published.append(uri)
-        while len(self._published) > self._context.config.checkpoint_keep:
-            old = self._published.pop(0)
+    def _uri(self, step: int) -> str:
+        return storage.join(self._context.run_uri, "checkpoints", f"step-{step}")
+
+    def _delete_others(self) -> None:
+        """Delete what the job's policy does not keep; the coordinator forgets the same by the same rule."""
+        for step in self._published.keys() - kept(self._context.config.keep, self._published):
+            del self._published[step]
             try:
-                # The manifest goes first: half a checkpoint must not look whole.
-                storage.delete_tree(old)
+                manifest.delete(self._uri(step))
             except Exception:
-                logger.warning("could not delete the old checkpoint %s", old, exc_info=True)
+                logger.warning("could not delete the old checkpoint %s", self._uri(step), exc_info=True)
 
 
 def _publish_all(folder: Path, uri: str, remote: dict[str, manifest.FileEntry]) -> manifest.Manifest:

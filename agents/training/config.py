@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from google.protobuf.json_format import MessageToDict
+
 from common.errors import InvalidArgument, Violation
+from common.keeping import Keep
 from luthier.v1 import training_pb2
 
 SCHEDULERS = ("linear", "cosine", "constant")
@@ -52,7 +55,9 @@ class TrainConfig:
     cpus_per_worker: float = 1.0
     gpus_per_worker: float | None = None
     checkpoint_every: int = 0
-    checkpoint_keep: int = 2
+    keep: Keep = field(default_factory=Keep)
+    held_out_split: str = "test"
+    held_out_rows: int = 0
     loss_on_all: bool = False
     precision: PrecisionName = "auto"
 
@@ -84,11 +89,15 @@ class TrainConfig:
             cpus_per_worker=_given(resources, "cpus", 1.0),
             gpus_per_worker=_given(resources, "gpus", None),
             checkpoint_every=spec.checkpoints.every_steps,
-            checkpoint_keep=_given(spec.checkpoints, "keep", 2),
+            keep=Keep.of(MessageToDict(spec.checkpoints, preserving_proto_field_name=True)),
+            held_out_split=spec.evaluation.split or "test",
+            held_out_rows=spec.evaluation.max_rows,
             loss_on_all=spec.loss_on == training_pb2.LOSS_ON_ALL,
             precision=_PRECISIONS[spec.precision],
         )
-        if violations := config.violations(given=hyper):
+        given = {name: spec.checkpoints.HasField(name) for name in ("keep_best", "keep_every")}
+        given["metric"] = bool(spec.checkpoints.metric)
+        if violations := config.violations(given=hyper) + config.keep.violations(given, "checkpoints"):
             raise InvalidArgument.of(violations)
         return config
 
@@ -115,7 +124,6 @@ class TrainConfig:
             (_positive(self.cpus_per_worker), "worker_resources.cpus", "has to be a number above 0"),
             (_whole(self.gpus_per_worker), "worker_resources.gpus", "has to be a whole number, 0 or more"),
             (self.checkpoint_every >= 0, "checkpoints.every_steps", "has to be 0 or more"),
-            (self.checkpoint_keep >= 1, "checkpoints.keep", "has to be at least 1"),
         ]
         return [Violation(path, text) for good, path, text in checks if not good]
 

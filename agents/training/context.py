@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from agents.training.config import TrainConfig
+from agents.training.watch import Watch
 from luthier.v1 import job_pb2, training_pb2
 
 
@@ -76,6 +77,8 @@ class TrainContext:
     resume_from: Path | None = None
     # Read on rank 0 only; the ranks agree on it at step boundaries.
     wish: Callable[[], Wish] = field(default=lambda: Wish.NONE)
+    # Told what the rank is at; a method that tells it nothing is never taken for hung.
+    watch: Watch = field(default_factory=Watch)
 
     @property
     def is_main(self) -> bool:

@@ -54,6 +54,7 @@ def run(link: Link, claim: agent_pb2.ClaimRunResponse) -> agent_pb2.OutcomeRepor
         run_uri=claim.run_uri,
         use_gpu=use_gpu,
         resume_from=tuple((point.uri, point.manifest_sha256, point.step) for point in claim.resume_from),
+        hang_seconds=claim.job.hang_timeout.ToMilliseconds() / 1000,
     )
     going_on = f", to go on from step {claim.resume_from[0].step}" if claim.resume_from else ""
     link.phase("starting", f"starting {config.workers} workers{going_on}")

@@ -14,6 +14,7 @@ from agents.training import environment
 from agents.training.config import TrainConfig
 from agents.training.context import TrainContext, TrainedModel, TrialReports, Wish
 from agents.training.scratch import scratch_folder
+from agents.training.watch import Watch, watched
 from common import manifest, storage
 from common.errors import LuthierError
 from luthier.agent.v1 import agent_pb2
@@ -51,6 +52,8 @@ class TrainPayload:
     trial_max_rows: int = 0
     # Checkpoints to go on from, best first: URI, SHA-256 of the manifest, step.
     resume_from: tuple[tuple[str, str, int], ...] = ()
+    # How long a rank may stand still within a step; 0 for what its own steps suggest.
+    hang_seconds: float = 0.0
 
     @property
     def config(self) -> TrainConfig:
@@ -112,8 +115,9 @@ def train_worker(
     # Only rank 0 has to hear of a wish soon.
     link = Link(payload.link, payload.source(rank), heartbeat=1.0 if rank == 0 else QUIET_SECONDS)
     install_logging(link)
+    watch, unwatch = watched(link, payload.hang_seconds)
     try:
-        result = _train(payload, link, rank, world_size, node or socket.gethostname(), report)
+        result = _train(payload, link, watch, rank, world_size, node or socket.gethostname(), report)
         if not link.flush(OUTAGE_SECONDS):
             logger.warning("the coordinator was away for too long: the last reports of %s are lost", payload.source(rank))
         return result
@@ -128,12 +132,14 @@ def train_worker(
         link.flush(FLUSH_SECONDS)
         raise RunFailed.of(cause) from error
     finally:
+        unwatch()
         link.close()
 
 
 def _train(
     payload: TrainPayload,
     link: Link,
+    watch: Watch,
     rank: int,
     world_size: int,
     node: str,
@@ -170,10 +176,12 @@ def _train(
             trial_reports=reports,
             resume_from=resume_from,
             wish=lambda: _wish(link),
+            watch=watch,
         )
         try:
             trained = method.run(context)
         finally:
+            watch.rest()
             if resume_from is not None:
                 manifest.discard(resume_from)
         return _publish(payload, trained) if rank == 0 else None

@@ -169,6 +169,7 @@ def _train_and_score(
         trial_every=every,
         trial_split=spec.evaluation.split or "test",
         trial_max_rows=min(spec.evaluation.max_rows or JUDGED_ROWS, JUDGED_ROWS),
+        hang_seconds=claim.job.hang_timeout.ToMilliseconds() / 1000,
     )
     trained = _train(payload, report)
     if trained.stopped:

@@ -107,6 +107,7 @@ def columns(request: Request, job: job_pb2.Job, resolved: Resolved) -> dict[str,
         "labels": dict(job.labels),
         "priority": job.priority,
         "time_limit_seconds": job.time_limit.ToMilliseconds() / 1000 if job.HasField("time_limit") else None,
+        "hang_timeout_seconds": job.hang_timeout.ToMilliseconds() / 1000 if job.HasField("hang_timeout") else None,
         "spec": messages.document(getattr(job, kind)),
         "inputs": {
             "artifacts": {role: messages.document(artifact) for role, artifact in resolved.inputs.items()},

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 from sqlmodel import Session, col, select
 
-from common.causes import end_reason
 from common.errors import LuthierError, Unavailable
 from coordinator import metrics
 from coordinator.cluster.launcher import Launcher, submission_id
@@ -24,7 +23,7 @@ from coordinator.jobs import records
 from coordinator.jobs.ending import Ended, end_run, latest_checkpoint
 from coordinator.jobs.expiry import expired
 from coordinator.jobs.lease import Lease
-from coordinator.jobs.report import as_wished, root_cause
+from coordinator.jobs.report import as_wished, cause
 from coordinator.jobs.resources import shape_of
 from coordinator.jobs.situation import active, read
 from coordinator.jobs.states import EndReason, State
@@ -293,10 +292,7 @@ class Reconciler:
         def work(session: Session) -> None:
             error, why = dict(failure), reason
             if reason is EndReason.AGENT_LOST:
-                error = root_cause(session.get_one(JobRun, (job.uid, job.run)).failures, error)
-                if error["code"] != failure["code"]:
-                    # What a rank had told before is why, and decides whether another try makes sense.
-                    why = EndReason(end_reason(error["code"]))
+                error, why = cause(session.get_one(JobRun, (job.uid, job.run)), error, why)
             message = error.get("message", state.value.lower())
             end_run(session, job.uid, job.run, Ended(state, why, message, error))
 

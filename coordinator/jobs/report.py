@@ -10,11 +10,14 @@ from google.protobuf.json_format import MessageToDict
 from sqlalchemy import update
 from sqlmodel import Session, col, select
 
+from common.causes import end_reason
 from common.errors import FailedPrecondition, PermissionDenied
+from common.keeping import Keep, kept
 from common.names import parse_version_ref
 from coordinator import messages, registry
 from coordinator.jobs import records
 from coordinator.jobs.ending import Ended, end_run
+from coordinator.jobs.hang import hang, told
 from coordinator.jobs.states import ACTIVE, TERMINAL, EndReason, State
 from coordinator.jobs.tokens import claim_token, sha256
 from coordinator.store import tables
@@ -24,10 +27,6 @@ from luthier.v1 import job_pb2, model_pb2
 
 MAX_LOG_LINE = 8000
 """Characters of a log line that are kept."""
-
-CHECKPOINTS_KEPT = 2
-"""Checkpoints of a run that its ranks keep where the job names no number (see CheckpointPolicy in training.proto)."""
-
 
 STOPPED_FROM_OUTSIDE = {
     "code": "STOPPED_FROM_OUTSIDE",
@@ -144,6 +143,7 @@ def _apply_one(session: Session, request: agent_pb2.ReportRequest, report: agent
                 uri=point.uri,
                 manifest_sha256=point.manifest_sha256,
                 size_bytes=point.size_bytes,
+                figures=messages.document(point).get("metrics", {}),
                 create_time=now(),
             )
         )
@@ -166,21 +166,27 @@ def _apply_one(session: Session, request: agent_pb2.ReportRequest, report: agent
         job_run.failures = [*job_run.failures, failure]
         session.add(job_run)
         session.flush()
+    elif kind == "standing":
+        job_run = session.get_one(tables.JobRun, (uid, run))
+        job_run.standings = told(job_run.standings, source, messages.document(report.standing))
+        session.add(job_run)
+        session.flush()
     elif kind == "outcome" and source == "driver":
         end(session, uid, run, report.outcome)
 
 
 def _forget_collected(session: Session, uid: str, run: int) -> None:
-    """Take the checkpoints out of the records that the run's own ranks have deleted: all but the latest few of the run."""
+    """Take the checkpoints of the run out of the records that its own ranks have deleted, by the same rule."""
     job = session.get_one(tables.Job, uid)
     if job.kind != "finetune":
         return  # each trial of a sweep keeps its own
-    keep = int(job.spec.get("checkpoints", {}).get("keep", CHECKPOINTS_KEPT))
     session.flush()
     point = tables.Checkpoint
-    query = select(point).where(point.job_uid == uid, point.run == run).order_by(col(point.step).desc()).offset(keep)
-    for old in session.exec(query).all():
-        session.delete(old)
+    points = session.exec(select(point).where(point.job_uid == uid, point.run == run)).all()
+    staying = kept(Keep.of(job.spec.get("checkpoints", {})), {each.step: messages.numbers(each.figures) for each in points})
+    for each in points:
+        if each.step not in staying:
+            session.delete(each)
     session.flush()
 
 
@@ -232,7 +238,7 @@ def end(session: Session, uid: str, run: int, outcome: agent_pb2.OutcomeReport) 
     if reason is EndReason.TIME_LIMIT:
         error = over_time(job)
     elif state is State.FAILED:
-        error = root_cause(session.get_one(tables.JobRun, (uid, run)).failures, error)
+        error, reason = cause(session.get_one(tables.JobRun, (uid, run)), error, reason)
     if state is State.PAUSED and job.cancel_time is not None:
         # It saved and stopped, and in the meantime somebody wanted more than that.
         state, reason, error = as_wished(job)
@@ -261,6 +267,21 @@ def over_time(job: tables.Job) -> dict[str, Any]:
     """The error of a job that was stopped at its time limit."""
     limit = f"{job.time_limit_seconds or 0:g} s"
     return {"code": "TIME_LIMIT", "message": f"stopped after its time limit of {limit}; raise time_limit, or do less"}
+
+
+def cause(job_run: tables.JobRun, error: dict[str, Any], reason: EndReason) -> tuple[dict[str, Any], EndReason]:
+    """Why a run failed, and what a retry policy should see; `error` and `reason` are what its driver, or Ray, said.
+
+    A rank that gave itself up as hung leaves, and all the others see is that it went.
+    """
+    hung = hang(job_run.standings, job_run.workers)
+    if hung is not None:
+        return hung, EndReason.HANG
+    found = root_cause(job_run.failures, error)
+    if reason is EndReason.AGENT_LOST and found.get("code") != error.get("code"):
+        # What a rank had told before the agent died is why, and decides whether another try makes sense.
+        reason = EndReason(end_reason(found["code"]))
+    return found, reason
 
 
 def root_cause(failures: list[dict[str, Any]], error: dict[str, Any]) -> dict[str, Any]:

@@ -47,6 +47,8 @@ async def resolve(store: Store, project: str, job: job_pb2.Job, paths_allowed: b
         if kind == "sweep" or not spec.evaluation.disabled:
             spec.evaluation.split = spec.evaluation.split or "test"
             _need_split(dataset, spec.evaluation.split, f"{path}.evaluation.split", "evaluate on")
+        elif spec.checkpoints.metric == "eval_loss":
+            _need_split(dataset, spec.evaluation.split or "test", f"{path}.evaluation.split", "judge checkpoints by")
         spec.output_model = spec.output_model or dataset.name.split("/")[3]
         resolved.inputs["base"] = base = await model(store, project, spec.base, f"{path}.base", paths_allowed)
         if base.model_kind == "adapter":

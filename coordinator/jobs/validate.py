@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import re
 
+from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
 from common.errors import InvalidArgument, Violation
+from common.keeping import Keep
 from common.names import ID, ID_RULE
 from luthier.v1 import evaluation_pb2, job_pb2, sweep_pb2, training_pb2
 
@@ -88,6 +90,8 @@ def terms(bad: Violations, job: job_pb2.Job) -> None:
         )
     if job.HasField("time_limit"):
         bad.check(_seconds(job.time_limit) > 0, "job.time_limit", "not above zero")
+    if job.HasField("hang_timeout"):
+        bad.check(_seconds(job.hang_timeout) >= 1, "job.hang_timeout", "less than a second")
     bad.number(job.retry, "max_retries", "job.retry", least=0, most=100)
     bad.number(job.budget, "cpu_seconds", "job.budget", above=0)
     bad.number(job.budget, "gpu_seconds", "job.budget", above=0)
@@ -128,7 +132,10 @@ def finetune(bad: Violations, spec: training_pb2.FinetuneSpec, path: str, method
         gpus == int(gpus) if math.isfinite(gpus) else True, f"{path}.worker_resources.gpus", f"{gpus} is not a whole number"
     )
     bad.check(spec.checkpoints.every_steps >= 0, f"{path}.checkpoints.every_steps", "negative")
-    bad.number(spec.checkpoints, "keep", f"{path}.checkpoints", least=1)
+    given = {name: spec.checkpoints.HasField(name) for name in ("keep_best", "keep_every")}
+    given["metric"] = bool(spec.checkpoints.metric)
+    policy = json_format.MessageToDict(spec.checkpoints, preserving_proto_field_name=True)
+    bad.extend(Keep.of(policy).violations(given, f"{path}.checkpoints"))
     bad.check(spec.evaluation.max_rows >= 0, f"{path}.evaluation.max_rows", "negative")
     for field in ("loss_on", "precision"):
         value = getattr(spec, field)

@@ -150,7 +150,11 @@ class JobHistory(job_pb2_grpc.JobServiceServicer):
         response = job_pb2.ListJobMetricsResponse(
             points=[
                 job_pb2.MetricPoint(
-                    run=row.run, step=row.step, time=messages.stamp(row.time), values=_numbers(row.figures), trial=row.trial
+                    run=row.run,
+                    step=row.step,
+                    time=messages.stamp(row.time),
+                    values=messages.numbers(row.figures),
+                    trial=row.trial,
                 )
                 for row in rows[:size]
             ]
@@ -211,8 +215,3 @@ def _log_line(row: tables.JobLog) -> job_pb2.LogLine:
         level=row.level,
         message=row.message,
     )
-
-
-def _numbers(figures: dict[str, float]) -> dict[str, float]:
-    """Figures as numbers: JSON keeps NaN and infinities as words."""
-    return {name: float(value) for name, value in figures.items()}

@@ -117,6 +117,7 @@ class Job(SQLModel, table=True):
     labels: dict[str, str] = _json()
     priority: int = 0
     time_limit_seconds: float | None = None
+    hang_timeout_seconds: float | None = None
     spec: dict[str, Any] = _json()
     inputs: dict[str, Any] = _json()
     # What it holds while it runs, and how that is made up (scheduling/model.py, Shape).
@@ -190,6 +191,8 @@ class JobRun(SQLModel, table=True):
     cpus: float = 0.0
     gpus: float = 0.0
     failures: list[dict[str, Any]] = _json(list)
+    # Where each rank stands that has not moved for long, by source (see jobs/hang.py).
+    standings: dict[str, Any] = _json()
 
 
 class ReportCursor(SQLModel, table=True):
@@ -254,6 +257,7 @@ class Checkpoint(SQLModel, table=True):
     uri: str
     manifest_sha256: str
     size_bytes: int = _big()
+    figures: dict[str, float] = _json()
     create_time: datetime = _time()
 
 

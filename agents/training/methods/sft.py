@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
-from agents.training.callbacks import RunCallback
+from agents.training.callbacks import HELD_OUT, RunCallback
 from agents.training.config import TrainConfig
 from agents.training.context import TrainContext, TrainedModel, Wish
 from agents.training.data import Example, tokenise_split
@@ -24,6 +25,7 @@ from agents.training.deepspeed_config import deepspeed_config
 from agents.training.distributed import sums
 from agents.training.environment import join_deepspeed, limit_threads
 from agents.training.saving import save_model
+from agents.training.watch import Watch
 from common.errors import InvalidArgument, Violation
 from common.rows import read_split
 
@@ -34,7 +36,19 @@ _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_wit
 
 
 class _Trainer(SFTTrainer):
-    """TRL's trainer without the model card, which would name local paths."""
+    """TRL's trainer, which tells the watch whenever it got rows, and without the model card, which would name local paths."""
+
+    watch: Watch
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *arguments: Any) -> Any:
+        """Fetch the rows of a step, of which the ranks then agree on the number."""
+        return super().get_batch_samples(self._told(epoch_iterator), *arguments)
+
+    def _told(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            step = self.state.global_step
+            self.watch.at(step, f"has rows for step {step + 1} and goes on with the others")
+            yield batch
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Write none."""
@@ -45,7 +59,8 @@ class _Trainer(SFTTrainer):
 
 def run_sft(context: TrainContext, model_kind: str, peft_config: PeftConfig | None = None) -> TrainedModel:
     """Fine-tune on this rank and leave the model in the context's output folder. Every rank has to call it."""
-    config = context.config
+    config, watch = context.config, context.watch
+    watch.at_length(0, "loads the model and the rows")
     limit_threads(config.cpus_per_worker)
     join_deepspeed(context.use_gpu)
     disable_progress_bar()
@@ -69,10 +84,10 @@ def run_sft(context: TrainContext, model_kind: str, peft_config: PeftConfig | No
         peft_config=peft_config,
         callbacks=[callback],
     )
-    callback.trainer = trainer
+    callback.trainer, trainer.watch = trainer, watch
     trainer.remove_callback(PrinterCallback)
-    if context.trial_reports is not None:
-        held_out = _dataset(_examples(context, tokenizer, context.trial_reports.split, context.trial_reports.max_rows))
+    if (held_out_rows := _held_out_rows(context)) is not None:
+        held_out = _dataset(_examples(context, tokenizer, *held_out_rows))
         callback.hold_out(lambda: held_out_loss(trainer, held_out, context.use_gpu))
     context.phase("training", f"training {config.method} on {len(examples)} rows with {context.world_size} workers")
     started = time.monotonic()
@@ -84,6 +99,7 @@ def run_sft(context: TrainContext, model_kind: str, peft_config: PeftConfig | No
         raise InvalidArgument.of(
             [Violation("hyperparameters.epochs", "comes to no optimiser step at all; raise it or set max_steps")]
         )
+    watch.at_length(trainer.state.global_step, "writes the trained model", callback.state_bytes())
     folder = context.output_dir / "model"
     if callback.wish not in (Wish.END, Wish.PAUSE):
         context.phase("saving", "writing the trained model")
@@ -113,6 +129,15 @@ def held_out_loss(trainer: Any, dataset: Dataset, use_gpu: bool) -> dict[str, fl
     loss, tokens = sums([loss, tokens], use_gpu)
     mean = loss / max(tokens, 1.0)
     return {"eval_loss": mean, "perplexity": math.exp(min(mean, 700.0))}
+
+
+def _held_out_rows(context: TrainContext) -> tuple[str, int] | None:
+    """Split and most rows (0 for all) to measure the held-out loss on during training; None where nobody wants it."""
+    if context.trial_reports is not None:
+        return context.trial_reports.split, context.trial_reports.max_rows
+    config = context.config
+    wanted = config.keep.best and config.keep.metric == HELD_OUT and config.checkpoint_every
+    return (config.held_out_split, config.held_out_rows) if wanted else None
 
 
 def _examples(context: TrainContext, tokenizer: Any, split: str, max_rows: int) -> list[Example]:

@@ -112,7 +112,7 @@ class _EndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndReason.V
     END_REASON_PREEMPTED: _EndReason.ValueType  # 13
     """A run gave its place to a job that was more entitled to it. Only runs end so; their jobs are queued again."""
     END_REASON_HANG: _EndReason.ValueType  # 14
-    """A run stood still: none of its ranks reported a step for too long. Named in the error."""
+    """A run stood still: its ranks made no step for too long. The error names the rank that the others waited for."""
 
 class EndReason(_EndReason, metaclass=_EndReasonEnumTypeWrapper):
     """EndReason is why a job ended; retry policies read this, not the state."""
@@ -146,7 +146,7 @@ END_REASON_DEPENDENCY: EndReason.ValueType  # 12
 END_REASON_PREEMPTED: EndReason.ValueType  # 13
 """A run gave its place to a job that was more entitled to it. Only runs end so; their jobs are queued again."""
 END_REASON_HANG: EndReason.ValueType  # 14
-"""A run stood still: none of its ranks reported a step for too long. Named in the error."""
+"""A run stood still: its ranks made no step for too long. The error names the rank that the others waited for."""
 Global___EndReason: _TypeAlias = EndReason  # noqa: Y015
 
 class _JobEventType:
@@ -241,6 +241,7 @@ class Job(_message.Message):
     AFTER_FIELD_NUMBER: _builtins.int
     RETRY_FIELD_NUMBER: _builtins.int
     BUDGET_FIELD_NUMBER: _builtins.int
+    HANG_TIMEOUT_FIELD_NUMBER: _builtins.int
     FINETUNE_FIELD_NUMBER: _builtins.int
     SWEEP_FIELD_NUMBER: _builtins.int
     EVALUATE_FIELD_NUMBER: _builtins.int
@@ -315,6 +316,13 @@ class Job(_message.Message):
         """What it may spend over all its runs. A fine-tune that has spent it stops, and what it has learned by then is its result."""
 
     @_builtins.property
+    def hang_timeout(self) -> _duration_pb2.Duration:
+        """How long the ranks of a fine-tune may stand still within a step before the run is ended with END_REASON_HANG, which is tried
+        again. Where absent, 20 times the median step and at least 5 minutes. Loading, the first step, scoring and saving may take an
+        hour at least.
+        """
+
+    @_builtins.property
     def finetune(self) -> _training_pb2.FinetuneSpec:
         """Train a model on a data set."""
 
@@ -383,6 +391,7 @@ class Job(_message.Message):
         after: _abc.Iterable[_builtins.str] | None = ...,
         retry: Global___RetryPolicy | None = ...,
         budget: Global___Budget | None = ...,
+        hang_timeout: _duration_pb2.Duration | None = ...,
         finetune: _training_pb2.FinetuneSpec | None = ...,
         sweep: _sweep_pb2.SweepSpec | None = ...,
         evaluate: _evaluation_pb2.EvaluateSpec | None = ...,
@@ -407,9 +416,9 @@ class Job(_message.Message):
         runs: _abc.Iterable[Global___JobRun] | None = ...,
         usage: Global___Usage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "evaluate", b"evaluate", "finetune", b"finetune", "import_model", b"import_model", "progress", b"progress", "queue", b"queue", "result", b"result", "retry", b"retry", "spec", b"spec", "start_time", b"start_time", "sweep", b"sweep", "time_limit", b"time_limit", "update_time", b"update_time", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "evaluate", b"evaluate", "finetune", b"finetune", "hang_timeout", b"hang_timeout", "import_model", b"import_model", "progress", b"progress", "queue", b"queue", "result", b"result", "retry", b"retry", "spec", b"spec", "start_time", b"start_time", "sweep", b"sweep", "time_limit", b"time_limit", "update_time", b"update_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "attempt", b"attempt", "budget", b"budget", "cancel_requested", b"cancel_requested", "create_time", b"create_time", "creator", b"creator", "display_name", b"display_name", "end_reason", b"end_reason", "end_time", b"end_time", "error", b"error", "etag", b"etag", "evaluate", b"evaluate", "finetune", b"finetune", "import_model", b"import_model", "kind", b"kind", "labels", b"labels", "name", b"name", "pause_requested", b"pause_requested", "priority", b"priority", "progress", b"progress", "queue", b"queue", "result", b"result", "retry", b"retry", "run", b"run", "runs", b"runs", "sequence", b"sequence", "spec", b"spec", "start_time", b"start_time", "state", b"state", "sweep", b"sweep", "time_limit", b"time_limit", "uid", b"uid", "update_time", b"update_time", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "attempt", b"attempt", "budget", b"budget", "cancel_requested", b"cancel_requested", "create_time", b"create_time", "creator", b"creator", "display_name", b"display_name", "end_reason", b"end_reason", "end_time", b"end_time", "error", b"error", "etag", b"etag", "evaluate", b"evaluate", "finetune", b"finetune", "hang_timeout", b"hang_timeout", "import_model", b"import_model", "kind", b"kind", "labels", b"labels", "name", b"name", "pause_requested", b"pause_requested", "priority", b"priority", "progress", b"progress", "queue", b"queue", "result", b"result", "retry", b"retry", "run", b"run", "runs", b"runs", "sequence", b"sequence", "spec", b"spec", "start_time", b"start_time", "state", b"state", "sweep", b"sweep", "time_limit", b"time_limit", "uid", b"uid", "update_time", b"update_time", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["finetune", "sweep", "evaluate", "import_model"]  # noqa: Y015
     _WhichOneofArgType_spec: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
@@ -852,6 +861,26 @@ class Checkpoint(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class MetricsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     RUN_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
@@ -859,6 +888,7 @@ class Checkpoint(_message.Message):
     MANIFEST_SHA256_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    METRICS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """projects/{project}/jobs/{job}/checkpoints/{run}-{step}."""
     run: _builtins.int
@@ -875,6 +905,10 @@ class Checkpoint(_message.Message):
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was published."""
 
+    @_builtins.property
+    def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Figures of its step, where the job keeps its best checkpoints."""
+
     def __init__(
         self,
         *,
@@ -885,10 +919,11 @@ class Checkpoint(_message.Message):
         manifest_sha256: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "manifest_sha256", b"manifest_sha256", "name", b"name", "run", b"run", "size_bytes", b"size_bytes", "step", b"step", "uri", b"uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "manifest_sha256", b"manifest_sha256", "metrics", b"metrics", "name", b"name", "run", b"run", "size_bytes", b"size_bytes", "step", b"step", "uri", b"uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -368,29 +368,54 @@ Global___WorkerResources: _TypeAlias = WorkerResources  # noqa: Y015
 
 @_typing.final
 class CheckpointPolicy(_message.Message):
-    """CheckpointPolicy says when a run saves."""
+    """CheckpointPolicy says when a run saves, and which of its checkpoints it keeps: those that any of the rules keeps. A run always
+    goes on from the latest one.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     EVERY_STEPS_FIELD_NUMBER: _builtins.int
     KEEP_FIELD_NUMBER: _builtins.int
+    KEEP_BEST_FIELD_NUMBER: _builtins.int
+    KEEP_EVERY_FIELD_NUMBER: _builtins.int
+    METRIC_FIELD_NUMBER: _builtins.int
     every_steps: _builtins.int
     """Optimiser steps between checkpoints; none are written where absent or 0."""
     keep: _builtins.int
     """Latest checkpoints to keep; 2 where absent."""
+    keep_best: _builtins.int
+    """Best checkpoints to keep, by `metric`; none where absent."""
+    keep_every: _builtins.int
+    """Keep each checkpoint whose step is a multiple of this; none where absent."""
+    metric: _builtins.str
+    """What is best: the lowest loss (of training) or eval_loss (of held-out rows, measured at each checkpoint), or the highest
+    token_accuracy (of training); loss where absent.
+    """
     def __init__(
         self,
         *,
         every_steps: _builtins.int = ...,
         keep: _builtins.int | None = ...,
+        keep_best: _builtins.int | None = ...,
+        keep_every: _builtins.int | None = ...,
+        metric: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_keep", b"_keep", "keep", b"keep"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_keep", b"_keep", "_keep_best", b"_keep_best", "_keep_every", b"_keep_every", "keep", b"keep", "keep_best", b"keep_best", "keep_every", b"keep_every"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep", b"_keep", "every_steps", b"every_steps", "keep", b"keep"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep", b"_keep", "_keep_best", b"_keep_best", "_keep_every", b"_keep_every", "every_steps", b"every_steps", "keep", b"keep", "keep_best", b"keep_best", "keep_every", b"keep_every", "metric", b"metric"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__keep: _TypeAlias = _typing.Literal["keep"]  # noqa: Y015
     _WhichOneofArgType__keep: _TypeAlias = _typing.Literal["_keep", b"_keep"]  # noqa: Y015
+    _WhichOneofReturnType__keep_best: _TypeAlias = _typing.Literal["keep_best"]  # noqa: Y015
+    _WhichOneofArgType__keep_best: _TypeAlias = _typing.Literal["_keep_best", b"_keep_best"]  # noqa: Y015
+    _WhichOneofReturnType__keep_every: _TypeAlias = _typing.Literal["keep_every"]  # noqa: Y015
+    _WhichOneofArgType__keep_every: _TypeAlias = _typing.Literal["_keep_every", b"_keep_every"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__keep) -> _WhichOneofReturnType__keep | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__keep_best) -> _WhichOneofReturnType__keep_best | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__keep_every) -> _WhichOneofReturnType__keep_every | None: ...
 
 Global___CheckpointPolicy: _TypeAlias = CheckpointPolicy  # noqa: Y015
 

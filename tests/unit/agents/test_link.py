@@ -126,6 +126,16 @@ def test_progress_and_trials_keep_the_latest_word_only(fake: FakeCoordinator) ->
     assert sorted(trial.seconds for trial in fake.of("rank-0", "trial")) == [99, 100]
 
 
+def test_of_where_a_rank_stands_the_latest_word_counts(fake: FakeCoordinator) -> None:
+    fake.stop()
+    with _link(fake) as link:
+        for seconds in (5.0, 10.0, 0.0):
+            link.standing(agent_pb2.StandingReport(moves=3, seconds=seconds))
+        fake.start()
+        assert link.flush(5)
+    assert [standing.seconds for standing in fake.of("rank-0", "standing")] == [0.0]
+
+
 def test_progress_of_an_old_phase_does_not_arrive_after_the_new_phase(fake: FakeCoordinator) -> None:
     fake.stop()
     with _link(fake) as link:

@@ -105,3 +105,29 @@ def test_a_sweep_names_fields_that_cannot_vary_and_ranges_that_are_none() -> Non
         "job.sweep.space.hyperparameters.magic",
         "job.sweep.space.lora.rank",
     ]
+
+
+@pytest.mark.parametrize(
+    ("policy", "fields"),
+    [
+        ({"every_steps": 5, "keep": 1, "keep_best": 2, "keep_every": 100, "metric": "eval_loss"}, []),
+        ({"keep": 0}, ["keep"]),
+        ({"keep_best": 0, "keep_every": -1}, ["keep_best", "keep_every"]),
+        ({"keep_best": 1, "metric": "beauty"}, ["metric"]),
+        ({"metric": "loss"}, ["metric"]),
+    ],
+)
+def test_a_keep_policy_keeps_something(policy: dict[str, object], fields: list[str]) -> None:
+    job = finetune(checkpoints=training_pb2.CheckpointPolicy(**policy))  # type: ignore[arg-type]
+    if fields:
+        assert fields_of(job) == [f"job.finetune.checkpoints.{name}" for name in fields]
+    else:
+        validate(job, KNOWN)
+
+
+def test_a_run_may_stand_still_for_a_second_at_least() -> None:
+    job = finetune()
+    job.hang_timeout.FromMilliseconds(999)
+    assert fields_of(job) == ["job.hang_timeout"]
+    job.hang_timeout.FromMilliseconds(1000)
+    validate(job, KNOWN)

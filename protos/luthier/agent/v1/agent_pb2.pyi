@@ -226,6 +226,7 @@ class Report(_message.Message):
     FAILURE_FIELD_NUMBER: _builtins.int
     OUTCOME_FIELD_NUMBER: _builtins.int
     PARTIAL_FIELD_NUMBER: _builtins.int
+    STANDING_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """1, 2, 3 ... within run and source."""
     @_builtins.property
@@ -272,6 +273,10 @@ class Report(_message.Message):
     def partial(self) -> _job_pb2.JobResult:
         """A part of the result that is known before the end, such as the base's scores; a later run need not find it again."""
 
+    @_builtins.property
+    def standing(self) -> Global___StandingReport:
+        """A rank stands still, or moves again."""
+
     def __init__(
         self,
         *,
@@ -287,16 +292,61 @@ class Report(_message.Message):
         failure: _job_pb2.JobError | None = ...,
         outcome: Global___OutcomeReport | None = ...,
         partial: _job_pb2.JobResult | None = ...,
+        standing: Global___StandingReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "checkpoint", b"checkpoint", "engine", b"engine", "failure", b"failure", "log", b"log", "metrics", b"metrics", "outcome", b"outcome", "partial", b"partial", "phase", b"phase", "progress", b"progress", "time", b"time", "trial", b"trial"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "checkpoint", b"checkpoint", "engine", b"engine", "failure", b"failure", "log", b"log", "metrics", b"metrics", "outcome", b"outcome", "partial", b"partial", "phase", b"phase", "progress", b"progress", "standing", b"standing", "time", b"time", "trial", b"trial"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "checkpoint", b"checkpoint", "engine", b"engine", "failure", b"failure", "log", b"log", "metrics", b"metrics", "outcome", b"outcome", "partial", b"partial", "phase", b"phase", "progress", b"progress", "sequence", b"sequence", "time", b"time", "trial", b"trial"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "checkpoint", b"checkpoint", "engine", b"engine", "failure", b"failure", "log", b"log", "metrics", b"metrics", "outcome", b"outcome", "partial", b"partial", "phase", b"phase", "progress", b"progress", "sequence", b"sequence", "standing", b"standing", "time", b"time", "trial", b"trial"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["phase", "progress", "metrics", "log", "checkpoint", "engine", "trial", "failure", "outcome", "partial"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["phase", "progress", "metrics", "log", "checkpoint", "engine", "trial", "failure", "outcome", "partial", "standing"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
 Global___Report: _TypeAlias = Report  # noqa: Y015
+
+@_typing.final
+class StandingReport(_message.Message):
+    """StandingReport tells where a rank stands that has not moved for long. Every rank tells it of itself, so that the one that the
+    others wait for can be named.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVES_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    DOING_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    GIVES_UP_FIELD_NUMBER: _builtins.int
+    TRACEBACK_FIELD_NUMBER: _builtins.int
+    moves: _builtins.int
+    """How often the rank has moved; ranks that work together count alike, so that the lowest number is the one behind."""
+    step: _builtins.int
+    """Optimiser steps done."""
+    doing: _builtins.str
+    """What it is at, in words: waits for the data of step 38."""
+    seconds: _builtins.float
+    """Seconds that it has stood there; 0 where it moves again."""
+    gives_up: _builtins.bool
+    """It takes the run to be hung, and leaves."""
+    traceback: _builtins.str
+    """What its main thread is at, innermost call last."""
+    def __init__(
+        self,
+        *,
+        moves: _builtins.int = ...,
+        step: _builtins.int = ...,
+        doing: _builtins.str = ...,
+        seconds: _builtins.float = ...,
+        gives_up: _builtins.bool = ...,
+        traceback: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["doing", b"doing", "gives_up", b"gives_up", "moves", b"moves", "seconds", b"seconds", "step", b"step", "traceback", b"traceback"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StandingReport: _TypeAlias = StandingReport  # noqa: Y015
 
 @_typing.final
 class PhaseReport(_message.Message):

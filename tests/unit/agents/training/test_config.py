@@ -21,7 +21,7 @@ def test_defaults_are_those_of_the_contract() -> None:
     assert (config.epochs, config.max_steps, config.batch_size, config.gradient_accumulation) == (3.0, -1, 8, 1)
     assert (config.max_length, config.warmup_ratio, config.weight_decay, config.max_grad_norm) == (512, 0.03, 0.0, 1.0)
     assert (config.scheduler, config.seed, config.zero_stage, config.workers) == ("linear", 42, 2, 1)
-    assert (config.checkpoint_every, config.checkpoint_keep, config.loss_on_all, config.precision) == (0, 2, False, "auto")
+    assert (config.checkpoint_every, config.keep.latest, config.loss_on_all, config.precision) == (0, 2, False, "auto")
     assert (config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.target_modules) == (16, 32.0, 0.0, ())
     assert config.gpus_per_worker is None
 
@@ -70,6 +70,9 @@ def test_alpha_is_twice_the_rank() -> None:
         ("worker_resources.gpus", 0.5),
         ("checkpoints.every_steps", -1),
         ("checkpoints.keep", 0),
+        ("checkpoints.keep_best", 0),
+        ("checkpoints.keep_every", -1),
+        ("checkpoints.metric", "eval_loss"),
     ],
 )
 def test_a_bad_number_is_refused_by_the_name_of_its_field(field: str, value: object) -> None:
