@@ -56,6 +56,9 @@ class Settings(BaseSettings):
         None, ge=0, le=65535, description="Port of the metrics; 0 picks a free one, and there are none if it is absent."
     )
     local_bases: bool = Field(True, description="Whether admins may name base models by absolute path on the cluster.")
+    checkpoint_days: float = Field(
+        7.0, ge=0, description="Days after which the checkpoints of a job that succeeded and registered its model are deleted."
+    )
     max_upload_bytes: int = Field(16 * 2**30, gt=0, description="Largest data set or model file that is taken.")
 
     @classmethod

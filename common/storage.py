@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -106,6 +106,24 @@ def delete_file(uri: str) -> None:
     with _told(uri):
         if filesystem.get_file_info(path).type == pafs.FileType.File:
             filesystem.delete_file(path)
+
+
+def delete_but(uri: str, kept: Collection[str]) -> None:
+    """Delete a folder but for the folders within it whose URIs are in `kept`, and what leads to them."""
+    folder = uri.rstrip("/") + "/"
+    inside = [each for each in kept if each.startswith(folder)]
+    if not inside:
+        delete_tree(uri)
+        return
+    filesystem, path = _open(uri)
+    with _told(uri):
+        found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    for info in found:
+        child = join(uri, info.base_name)
+        if info.type == pafs.FileType.File:
+            delete_file(child)
+        elif child not in inside:
+            delete_but(child, inside)
 
 
 def delete_tree(uri: str) -> None:

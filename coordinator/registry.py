@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
-from sqlalchemy import update
+from sqlalchemy import func, update
 from sqlmodel import Session, col, select
 
 from common.errors import FailedPrecondition, NotFound
@@ -20,10 +21,12 @@ def find_dataset(session: Session, project: str, ref: VersionRef) -> tables.Data
     dataset = session.get(tables.Dataset, (project, ref.id))
     if dataset is None:
         raise NotFound(f"there is no data set {ref.id!r}; `luthier dataset list` shows those there are", "DATASET_NOT_FOUND")
-    number = dataset.latest if ref.version == "latest" else int(ref.version) if ref.version.isdecimal() else 0
+    latest = latest_datasets(session, project, [ref.id]).get(ref.id, 0)
+    number = latest if ref.version == "latest" else int(ref.version) if ref.version.isdecimal() else 0
     row = session.get(tables.DatasetVersion, (project, ref.id, number))
     if row is None:
-        raise NotFound(f"data set {ref.id!r} has no version {ref.version!r}; its latest is {dataset.latest}", "DATASET_NOT_FOUND")
+        there = f"its latest is {latest}" if latest else "all that it had were deleted"
+        raise NotFound(f"data set {ref.id!r} has no version {ref.version!r}; {there}", "DATASET_NOT_FOUND")
     return row
 
 
@@ -32,8 +35,9 @@ def find_model(session: Session, project: str, ref: VersionRef) -> tables.ModelV
     model = session.get(tables.Model, (project, ref.id))
     if model is None:
         raise NotFound(f"there is no model {ref.id!r}; `luthier model list` shows those there are", "MODEL_NOT_FOUND")
+    latest = latest_models(session, project, [ref.id]).get(ref.id, 0)
     if ref.version == "latest":
-        number = model.latest
+        number = latest
     elif ref.version.isdecimal():
         number = int(ref.version)
     else:
@@ -41,8 +45,23 @@ def find_model(session: Session, project: str, ref: VersionRef) -> tables.ModelV
         number = alias.version if alias else 0
     row = session.get(tables.ModelVersion, (project, ref.id, number))
     if row is None:
-        raise NotFound(f"model {ref.id!r} has no version {ref.version!r}; its latest is {model.latest}", "MODEL_NOT_FOUND")
+        there = f"its latest is {latest}" if latest else "all that it had were deleted"
+        raise NotFound(f"model {ref.id!r} has no version {ref.version!r}; {there}", "MODEL_NOT_FOUND")
     return row
+
+
+def latest_datasets(session: Session, project: str, ids: Collection[str]) -> dict[str, int]:
+    """Number of the latest version of each of some data sets that has one. The next one's number follows on the latest ever."""
+    version = tables.DatasetVersion
+    query = select(version.dataset_id, func.max(version.version)).where(version.project_id == project)
+    return dict(session.exec(query.where(col(version.dataset_id).in_(ids)).group_by(version.dataset_id)).all())
+
+
+def latest_models(session: Session, project: str, ids: Collection[str]) -> dict[str, int]:
+    """Number of the latest version of each of some models that has one. The next one's number follows on the latest ever."""
+    version = tables.ModelVersion
+    query = select(version.model_id, func.max(version.version)).where(version.project_id == project)
+    return dict(session.exec(query.where(col(version.model_id).in_(ids)).group_by(version.model_id)).all())
 
 
 def model_version(session: Session, row: tables.ModelVersion) -> model_pb2.ModelVersion:

@@ -21,6 +21,7 @@ from common.settings import Settings
 from coordinator import metrics
 from coordinator.cluster.launcher import Launcher
 from coordinator.cluster.ray_cluster import RayCluster
+from coordinator.collector import Collector
 from coordinator.endpoints.reconcile import Deployer
 from coordinator.exposition import exposed
 from coordinator.jobs.reconcile import Reconciler
@@ -120,8 +121,8 @@ async def _run(
     _watch(leadership, reconciler)
 
     job_pb2_grpc.add_JobServiceServicer_to_server(JobService(store, notifier, reconciler), server)
-    dataset_pb2_grpc.add_DatasetServiceServicer_to_server(DatasetService(store, staging, settings.storage), server)
-    model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(store, staging, settings.storage), server)
+    dataset_pb2_grpc.add_DatasetServiceServicer_to_server(DatasetService(store, notifier, staging, settings.storage), server)
+    model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(store, notifier, staging, settings.storage), server)
     endpoints = EndpointService(store, notifier, reconciler, deployer)
     endpoint_pb2_grpc.add_EndpointServiceServicer_to_server(endpoints, server)
     admin = AdminService(store, notifier, reconciler, leadership, status, lambda: deployer.gateway_state)
@@ -139,7 +140,8 @@ async def _run(
         await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
     tls = "mutual TLS" if settings.tls_client_ca else "TLS" if settings.tls_cert else "no TLS"
     log.info("serving on %s with %s, store %s, Ray at %s", address, tls, store.kind, settings.ray_address or "nowhere")
-    loops = [asyncio.create_task(reconciler.run()), asyncio.create_task(deployer.run())]
+    collector = Collector(store, notifier, leadership, settings.storage, settings.checkpoint_days)
+    loops = [asyncio.create_task(each.run()) for each in (reconciler, deployer, collector)]
     running = asyncio.get_running_loop()
     leadership.run(lambda: running.call_soon_threadsafe(notifier.notify, "scheduler", "endpoints"))
     await stop.wait()

@@ -96,7 +96,9 @@ def _from_hub(artifact: agent_pb2.Artifact, storage_uri: str) -> Base:
     if storage.exists(known):
         content_hash = json.loads(storage.read_bytes(known))["content_hash"]
         uri = storage.join(storage_uri, "bases", content_hash)
-        return Base(manifest.fetch(uri, content_hash), uri, content_hash, commit, artifact.name)
+        # The note outlives the files where these were deleted.
+        if storage.exists(storage.join(uri, manifest.NAME)):
+            return Base(manifest.fetch(uri, content_hash), uri, content_hash, commit, artifact.name)
     folder = node_home() / "downloads" / f"{repo.replace('/', '--')}-{commit[:40]}"
     with manifest.node_lock(f"download-{folder.name}"):
         hub.download(repo, commit, names, folder)

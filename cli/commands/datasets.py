@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cli.command import command
+from cli.confirm import confirm
 from cli.context import Cli
 from cli.follow import upload_bar
 from cli.render.registry import dataset_versions_table, dataset_view, datasets_table
@@ -69,3 +70,16 @@ def show(cli: Cli, version: Annotated[str, typer.Argument(help="name@2, or name 
     """Show everything about a version."""
     found = cli.client.get_dataset_version(version)
     cli.out.answer(found, dataset_view(found))
+
+
+@command(app)
+def delete(
+    cli: Cli,
+    versions: Annotated[list[str], typer.Argument(help="name@2: versions by their numbers.", metavar="VERSION...")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove versions of data sets, and their rows unless another version has the very same."""
+    confirm(cli, f"deleting {', '.join(versions)}", yes)
+    for version in versions:
+        cli.client.delete_dataset_version(version)
+        cli.out.line({"deleted": version}, f"deleted {version}")

@@ -9,6 +9,7 @@ import typer
 
 from cli.command import command
 from cli.commands.train import finish, with_full_names
+from cli.confirm import confirm
 from cli.context import Cli
 from cli.flags import set_path
 from cli.follow import event_line, figures_text, follow, follower, steps_text, succeeded
@@ -184,6 +185,19 @@ def update(
         fields.append("retry")
     found = cli.client.update_job(job, changes, *fields)
     cli.out.answer(found, job_view(found))
+
+
+@command(app)
+def delete(
+    cli: Cli,
+    jobs: Annotated[list[str], typer.Argument(help="Ids of jobs that have ended.", metavar="JOB...")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove jobs that have ended, with their logs, figures, checkpoints and files. The models that they made stay."""
+    confirm(cli, f"deleting {', '.join(short_name(job) for job in jobs)}", yes)
+    for job in jobs:
+        cli.client.delete_job(job)
+        cli.out.line({"deleted": short_name(job)}, f"deleted {short_name(job)}")
 
 
 @command(app)

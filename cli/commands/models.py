@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cli.command import command
+from cli.confirm import confirm
 from cli.context import Cli
 from cli.failures import Failure
 from cli.follow import follow, succeeded, upload_bar
@@ -92,3 +93,16 @@ def promote(
     name = full_version(cli.project, "models", model)
     version = cli.client.models.SetAlias(model_pb2.SetAliasRequest(name=name, alias=alias)).model_version
     cli.out.answer(version, model_view(version))
+
+
+@command(app)
+def delete(
+    cli: Cli,
+    versions: Annotated[list[str], typer.Argument(help="name@2: versions by their numbers.", metavar="VERSION...")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove versions of models with the aliases that point at them, and their files once nothing else needs them."""
+    confirm(cli, f"deleting {', '.join(versions)}", yes)
+    for version in versions:
+        cli.client.delete_model_version(version)
+        cli.out.line({"deleted": version}, f"deleted {version}")

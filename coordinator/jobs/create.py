@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlmodel import Session, select
+from sqlmodel import Session, col, select
 
 from common.errors import AlreadyExists, InvalidArgument, Violation
 from common.names import parse
@@ -16,6 +16,7 @@ from coordinator import messages
 from coordinator.jobs import records
 from coordinator.jobs.admission import check_entitlement
 from coordinator.jobs.change import budget
+from coordinator.jobs.inputs import check_inputs
 from coordinator.jobs.resolve import Resolved
 from coordinator.jobs.resources import shape, shape_document
 from coordinator.jobs.states import TERMINAL, State
@@ -72,15 +73,16 @@ def insert(session: Session, request: Request, job: job_pb2.Job, resolved: Resol
     """Record a job and its first event, or return the one that the same request made before.
 
     Raises FailedPrecondition where its project may never hold so much or has spent its budget, InvalidArgument where a job that
-    it is to follow does not exist or did not succeed.
+    it is to follow does not exist or did not succeed, NotFound where what it reads was deleted meanwhile.
     """
     before = earlier(session, request)
     if before is not None:
         return before
     form = shape(job)
     check_entitlement(session, request.project, form.total(form.least))
-    followed = [_find(session, request.project, name, index) for index, name in enumerate(job.after)]
     row = tables.Job(**columns(request, job, resolved))
+    check_inputs(session, request.project, row.inputs["artifacts"])
+    followed = [_find(session, request.project, name, index) for index, name in enumerate(job.after)]
     if any(State(other.state) is not State.SUCCEEDED for other in followed):
         row.state = State.BLOCKED.value
     session.add(row)
@@ -147,7 +149,9 @@ def _find(session: Session, project: str, name: str, index: int) -> tables.Job:
     """A job that the new one is to follow. Raises InvalidArgument where there is none, or where it will never succeed."""
     field = f"job.after[{index}]"
     owner, job_id = parse(name, "projects", "jobs", field=field)
-    query = select(tables.Job).where(tables.Job.project_id == project, tables.Job.job_id == job_id)
+    query = select(tables.Job).where(
+        tables.Job.project_id == project, tables.Job.job_id == job_id, col(tables.Job.delete_time).is_(None)
+    )
     row = session.exec(query).first() if owner == project else None
     if row is None:
         raise InvalidArgument.of([Violation(field, f"there is no job {name!r}")])

@@ -99,5 +99,5 @@ def checkpoints(session: Session, job: Job, most: int) -> list[Checkpoint]:
     """
     if not can_pause(job):
         return []
-    query = select(Checkpoint).where(Checkpoint.job_uid == job.uid)
+    query = select(Checkpoint).where(Checkpoint.job_uid == job.uid, col(Checkpoint.delete_time).is_(None))
     return list(session.exec(query.order_by(col(Checkpoint.step).desc(), col(Checkpoint.run).desc()).limit(most)).all())

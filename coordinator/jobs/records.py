@@ -139,6 +139,18 @@ def take_numbers(session: Session, project_id: str, count: int = 1) -> int:
     return int(taken.scalar_one())
 
 
+def mark_deleted(session: Session, uid: str) -> bool:
+    """Let nobody see a job any more that has ended; its request id makes a new one then. False where that is so already."""
+    result = session.execute(
+        update(Job)
+        .where(col(Job.uid) == uid, col(Job.state).in_([state.value for state in TERMINAL]), col(Job.delete_time).is_(None))
+        .values(delete_time=now(), request_id=None, version=Job.version + 1)
+        .execution_options(synchronize_session=False)
+    )
+    assert isinstance(result, CursorResult)
+    return bool(result.rowcount)
+
+
 def set_unnumbered(session: Session, uid: str, run: int, **values: Any) -> bool:
     """Set columns that tell no event, such as progress, if `run` is still the job's run."""
     result = session.execute(

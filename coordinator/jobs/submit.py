@@ -16,6 +16,7 @@ from sqlmodel import Session, SQLModel
 from common.errors import AlreadyExists, LuthierError
 from coordinator.jobs import create
 from coordinator.jobs.admission import check_entitlement
+from coordinator.jobs.inputs import missing
 from coordinator.jobs.records import take_numbers
 from coordinator.jobs.resolve import Resolved
 from coordinator.jobs.resources import shape_of
@@ -57,11 +58,12 @@ def record(session: Session, submissions: list[Submission]) -> Sequence[Job | Lu
 
 
 def _refused(session: Session, submissions: list[Submission]) -> dict[str, LuthierError]:
-    """Why jobs are not taken whose project is not entitled to them, by uid. Only projects that have bounds are looked at."""
+    """Why jobs are not taken, by uid: what they read was deleted, or their project is bounded and not entitled to them."""
     ids = {submission.request.project for submission in submissions}
     projects = session.execute(select(PROJECTS.c.id, PROJECTS.c.ceiling, PROJECTS.c.budget).where(PROJECTS.c.id.in_(ids)))
     bounded = {project.id for project in projects if project.ceiling or project.budget}
-    refused: dict[str, LuthierError] = {}
+    gone = missing(session, [(each.request.project, each.row["inputs"]["artifacts"]) for each in submissions])
+    refused = {each.row["uid"]: error for each, error in zip(submissions, gone, strict=True) if error is not None}
     for submission in submissions:
         if submission.request.project in bounded:
             form = shape_of(submission.row["shape"], Demand())

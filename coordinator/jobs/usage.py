@@ -119,7 +119,8 @@ def standings(session: Session, projects: Sequence[Project], moment: datetime) -
     for endpoint in session.exec(select(Endpoint).where(col(Endpoint.project_id).in_(ids))).all():
         held[endpoint.project_id] = held[endpoint.project_id] + Demand(endpoint.cpus, endpoint.gpus)
     counts: dict[str, dict[str, int]] = defaultdict(dict)
-    by_state = select(Job.project_id, Job.state, func.count()).where(col(Job.project_id).in_(ids))
+    there = (col(Job.project_id).in_(ids), col(Job.delete_time).is_(None))
+    by_state = select(Job.project_id, Job.state, func.count()).where(*there)
     for project_id, state, count in session.exec(by_state.group_by(Job.project_id, Job.state)).all():
         counts[project_id][state] = count
     return {id_: Standing(held[id_], total[id_], counts[id_]) for id_ in ids}

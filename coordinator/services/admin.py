@@ -128,8 +128,8 @@ class AdminService(ProjectCalls, admin_pb2_grpc.AdminServiceServicer):
         who = principal()
 
         def work(session: Session) -> Sequence[tuple[str, int]]:
-            query = select(tables.Job.state, func.count()).where(tables.Job.project_id == who.project).group_by(tables.Job.state)
-            return session.exec(query).all()
+            query = select(tables.Job.state, func.count()).where(tables.Job.project_id == who.project)
+            return session.exec(query.where(col(tables.Job.delete_time).is_(None)).group_by(tables.Job.state)).all()
 
         counts = await self._store.read(work)
         capacity = await self._reconciler.capacity()

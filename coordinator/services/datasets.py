@@ -6,13 +6,18 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Sequence
 
+from sqlalchemy import exists
 from sqlmodel import Session, col, select
 
 from common import storage
 from common.errors import AlreadyExists, InvalidArgument, Violation
 from common.names import VersionRef, check_id, parse_version_ref
 from coordinator import messages, registry
+from coordinator.collector import TOPIC as COLLECTOR
+from coordinator.garbage import DATASETS, publishing
 from coordinator.ingest import ingest
+from coordinator.notify import Notifier
+from coordinator.removal import delete_dataset_version
 from coordinator.services import paging
 from coordinator.services.principal import Context, principal
 from coordinator.services.uploads import Sink, Staging
@@ -24,10 +29,11 @@ from luthier.v1 import dataset_pb2, dataset_pb2_grpc
 class DatasetService(dataset_pb2_grpc.DatasetServiceServicer):
     """Translates calls about data sets."""
 
-    def __init__(self, store: Store, staging: Staging, storage_uri: str) -> None:
+    def __init__(self, store: Store, notifier: Notifier, staging: Staging, storage_uri: str) -> None:
         self._store = store
+        self._notifier = notifier
         self._staging = staging
-        self._out_uri = f"{storage_uri}/datasets"
+        self._out_uri = f"{storage_uri}/{DATASETS}"
 
     async def UploadDataset(
         self, request_iterator: AsyncIterator[dataset_pb2.UploadDatasetRequest], context: Context
@@ -56,18 +62,19 @@ class DatasetService(dataset_pb2_grpc.DatasetServiceServicer):
             earlier = await self._store.read(lambda session: _earlier(session, who.project, header.request_id, request_sha256))
             if earlier is not None:
                 return _response(earlier)
-            version = await ingest(path, header, self._out_uri)
-        version.source_filename, version.creator = header.filename, who.display_name
-        manifest = await asyncio.to_thread(storage.read_bytes, storage.join(version.uri, "manifest.json"))
-        manifest_sha256 = hashlib.sha256(manifest).hexdigest()
+            async with publishing(self._store, DATASETS):
+                version = await ingest(path, header, self._out_uri)
+                version.source_filename, version.creator = header.filename, who.display_name
+                manifest = await asyncio.to_thread(storage.read_bytes, storage.join(version.uri, "manifest.json"))
+                manifest_sha256 = hashlib.sha256(manifest).hexdigest()
 
-        def work(session: Session) -> tables.DatasetVersion:
-            row = _earlier(session, who.project, header.request_id, request_sha256)
-            return row or registry.add_dataset_version(
-                session, who.project, header.dataset_id, version, manifest_sha256, header.request_id, request_sha256
-            )
+                def work(session: Session) -> tables.DatasetVersion:
+                    row = _earlier(session, who.project, header.request_id, request_sha256)
+                    return row or registry.add_dataset_version(
+                        session, who.project, header.dataset_id, version, manifest_sha256, header.request_id, request_sha256
+                    )
 
-        return _response(await self._store.write(work))
+                return _response(await self._store.write(work))
 
     async def ListDatasets(self, request: dataset_pb2.ListDatasetsRequest, context: Context) -> dataset_pb2.ListDatasetsResponse:
         """See dataset.proto."""
@@ -76,18 +83,23 @@ class DatasetService(dataset_pb2_grpc.DatasetServiceServicer):
         size = paging.page_size(request.page_size)
         after = paging.decode(request.page_token, 1)
 
-        def work(session: Session) -> Sequence[tables.Dataset]:
+        def work(session: Session) -> tuple[Sequence[tables.Dataset], dict[str, int]]:
             query = select(tables.Dataset).where(tables.Dataset.project_id == who.project)
             if after is not None:
                 query = query.where(tables.Dataset.id > after[0])
-            return session.exec(query.order_by(tables.Dataset.id).limit(size + 1)).all()
+            # One whose versions were all deleted is there for its number's sake alone.
+            version = tables.DatasetVersion
+            of_it = (col(version.project_id) == who.project, col(version.dataset_id) == tables.Dataset.id)
+            query = query.where(exists().where(*of_it))
+            rows = session.exec(query.order_by(tables.Dataset.id).limit(size + 1)).all()
+            return rows, registry.latest_datasets(session, who.project, [row.id for row in rows])
 
-        rows = await self._store.read(work)
+        rows, latest = await self._store.read(work)
         response = dataset_pb2.ListDatasetsResponse(
             datasets=[
                 dataset_pb2.Dataset(
                     name=f"projects/{row.project_id}/datasets/{row.id}",
-                    latest_version=f"{row.id}@{row.latest}",
+                    latest_version=f"{row.id}@{latest[row.id]}",
                     create_time=messages.stamp(row.create_time),
                 )
                 for row in rows[:size]
@@ -129,6 +141,17 @@ class DatasetService(dataset_pb2_grpc.DatasetServiceServicer):
         if len(rows) > size:
             response.next_page_token = paging.encode(rows[size - 1].version)
         return response
+
+    async def DeleteDatasetVersion(
+        self, request: dataset_pb2.DeleteDatasetVersionRequest, context: Context
+    ) -> dataset_pb2.DeleteDatasetVersionResponse:
+        """See dataset.proto."""
+        who = principal()
+        who.own(request.name, "datasets", "versions")
+        ref = parse_version_ref(request.name, "name", "datasets")
+        await self._store.write(lambda session: delete_dataset_version(session, who.project, ref))
+        self._notifier.notify(COLLECTOR)
+        return dataset_pb2.DeleteDatasetVersionResponse()
 
 
 def _check_header(item: dataset_pb2.UploadDatasetRequest) -> dataset_pb2.UploadDatasetHeader:

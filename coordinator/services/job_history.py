@@ -123,7 +123,7 @@ class JobHistory(job_pb2_grpc.JobServiceServicer):
         def work(session: Session) -> tuple[tables.Job, Sequence[tables.Checkpoint]]:
             point = tables.Checkpoint
             job = find_job(session, who, request.parent, "parent")
-            query = select(point).where(point.job_uid == job.uid)
+            query = select(point).where(point.job_uid == job.uid, col(point.delete_time).is_(None))
             if after is not None:
                 query = query.where(tuple_(col(point.run), col(point.step)) < tuple(after))
             return job, session.exec(query.order_by(col(point.run).desc(), col(point.step).desc()).limit(size + 1)).all()

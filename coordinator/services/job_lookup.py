@@ -60,7 +60,8 @@ def with_queue(reconciler: Reconciler, job: job_pb2.Job) -> job_pb2.Job:
 def find_job(session: Session, who: Principal, name: str, field: str = "name") -> tables.Job:
     """The job of that name in the caller's project; NotFound otherwise."""
     (job_id,) = who.own(name, "jobs", field=field)
-    row = session.exec(select(tables.Job).where(tables.Job.project_id == who.project, tables.Job.job_id == job_id)).first()
+    query = select(tables.Job).where(tables.Job.project_id == who.project, tables.Job.job_id == job_id)
+    row = session.exec(query.where(col(tables.Job.delete_time).is_(None))).first()
     if row is None:
         raise NotFound(f"there is no job {job_id!r}; `luthier job list` shows those there are", "JOB_NOT_FOUND")
     return row

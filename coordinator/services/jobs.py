@@ -10,6 +10,7 @@ from sqlmodel import Session, col, select
 
 from common.errors import InvalidArgument, LuthierError, Violation
 from coordinator import messages
+from coordinator.collector import TOPIC as COLLECTOR
 from coordinator.jobs import create, submit
 from coordinator.jobs.change import Change
 from coordinator.jobs.resolve import resolve
@@ -18,6 +19,7 @@ from coordinator.jobs.states import EndReason
 from coordinator.jobs.submit import Submission
 from coordinator.jobs.validate import validate
 from coordinator.jobs.wishes import wish_end, wish_pause, wish_resume
+from coordinator.removal import delete_job
 from coordinator.services import paging
 from coordinator.services.job_history import JobHistory
 from coordinator.services.job_lookup import find_job, parse_filter, say_what_blocks, with_queue
@@ -72,7 +74,7 @@ class JobService(JobHistory):
         wanted = parse_filter(request.filter)
 
         def work(session: Session) -> tuple[Sequence[tables.Job], list[job_pb2.Job]]:
-            query = select(tables.Job).where(tables.Job.project_id == who.project)
+            query = select(tables.Job).where(tables.Job.project_id == who.project, col(tables.Job.delete_time).is_(None))
             for name, value in wanted.items():
                 if name.startswith("label."):
                     query = query.where(col(tables.Job.labels)[name.removeprefix("label.")].as_string() == value)
@@ -114,6 +116,13 @@ class JobService(JobHistory):
         change = Change.of(request)
         job = await self._wish(request.job.name, lambda session, uid: change.apply(session, uid), field="job.name")
         return job_pb2.UpdateJobResponse(job=job)
+
+    async def DeleteJob(self, request: job_pb2.DeleteJobRequest, context: Context) -> job_pb2.DeleteJobResponse:
+        """See job.proto."""
+        who = principal()
+        await self._store.write(lambda session: delete_job(session, find_job(session, who, request.name), request.etag))
+        self._notifier.notify(COLLECTOR)
+        return job_pb2.DeleteJobResponse()
 
     async def _wish(self, name: str, wish: Callable[[Session, str], bool], field: str = "name") -> job_pb2.Job:
         who = principal()

@@ -8,6 +8,7 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+from sqlalchemy import exists
 from sqlmodel import Session, col, select
 
 from common import manifest, storage
@@ -16,6 +17,10 @@ from common.errors import AlreadyExists, InvalidArgument, Violation
 from common.model_files import check_model_file_name, check_model_folder
 from common.names import VersionRef, check_id, parse_version_ref
 from coordinator import messages, registry
+from coordinator.collector import TOPIC as COLLECTOR
+from coordinator.garbage import BASES, publishing
+from coordinator.notify import Notifier
+from coordinator.removal import delete_model_version
 from coordinator.services import paging
 from coordinator.services.principal import Context, principal
 from coordinator.services.uploads import Sink, Staging
@@ -27,10 +32,11 @@ from luthier.v1 import model_pb2, model_pb2_grpc
 class ModelService(model_pb2_grpc.ModelServiceServicer):
     """Translates calls about models."""
 
-    def __init__(self, store: Store, staging: Staging, storage_uri: str) -> None:
+    def __init__(self, store: Store, notifier: Notifier, staging: Staging, storage_uri: str) -> None:
         self._store = store
+        self._notifier = notifier
         self._staging = staging
-        self._bases_uri = f"{storage_uri}/bases"
+        self._bases_uri = f"{storage_uri}/{BASES}"
 
     async def UploadModel(
         self, request_iterator: AsyncIterator[model_pb2.UploadModelRequest], context: Context
@@ -49,7 +55,6 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             row = await self._store.read(lambda session: _earlier(session, who.project, header.request_id, request_sha256))
             if row is None:
                 uri = storage.join(self._bases_uri, built.sha256)
-                await asyncio.to_thread(manifest.publish, folder, uri)
                 version = model_pb2.ModelVersion(
                     base=header.source[:500],
                     method="import",
@@ -72,7 +77,9 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
                         request_sha256=request_sha256,
                     )
 
-                row = await self._store.write(work)
+                async with publishing(self._store, BASES):
+                    await asyncio.to_thread(manifest.publish, folder, uri)
+                    row = await self._store.write(work)
         return model_pb2.UploadModelResponse(
             model_version=await self._store.read(lambda session: registry.model_version(session, row))
         )
@@ -84,22 +91,25 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         size = paging.page_size(request.page_size)
         after = paging.decode(request.page_token, 1)
 
-        def work(session: Session) -> tuple[Sequence[tables.Model], Sequence[tables.ModelAlias]]:
+        def work(session: Session) -> tuple[Sequence[tables.Model], Sequence[tables.ModelAlias], dict[str, int]]:
             query = select(tables.Model).where(tables.Model.project_id == who.project)
             if after is not None:
                 query = query.where(tables.Model.id > after[0])
+            # One whose versions were all deleted is there for its number's sake alone.
+            version = tables.ModelVersion
+            query = query.where(exists().where(col(version.project_id) == who.project, col(version.model_id) == tables.Model.id))
             rows = session.exec(query.order_by(tables.Model.id).limit(size + 1)).all()
             ids = [row.id for row in rows]
             alias = tables.ModelAlias
             aliases = session.exec(select(alias).where(alias.project_id == who.project, col(alias.model_id).in_(ids))).all()
-            return rows, aliases
+            return rows, aliases, registry.latest_models(session, who.project, ids)
 
-        rows, aliases = await self._store.read(work)
+        rows, aliases, latest = await self._store.read(work)
         response = model_pb2.ListModelsResponse(
             models=[
                 model_pb2.Model(
                     name=f"projects/{row.project_id}/models/{row.id}",
-                    latest_version=f"{row.id}@{row.latest}",
+                    latest_version=f"{row.id}@{latest[row.id]}",
                     aliases={each.alias: f"{row.id}@{each.version}" for each in aliases if each.model_id == row.id},
                     create_time=messages.stamp(row.create_time),
                 )
@@ -169,6 +179,17 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         ref = parse_version_ref(request.name, "name", "models")
         nodes = await self._store.read(lambda session: lineage(session, who.project, ref))
         return model_pb2.GetLineageResponse(nodes=nodes)
+
+    async def DeleteModelVersion(
+        self, request: model_pb2.DeleteModelVersionRequest, context: Context
+    ) -> model_pb2.DeleteModelVersionResponse:
+        """See model.proto."""
+        who = principal()
+        who.own(request.name, "models", "versions")
+        ref = parse_version_ref(request.name, "name", "models")
+        await self._store.write(lambda session: delete_model_version(session, who.project, ref))
+        self._notifier.notify(COLLECTOR)
+        return model_pb2.DeleteModelVersionResponse()
 
 
 def lineage(session: Session, project: str, ref: VersionRef) -> list[model_pb2.LineageNode]:

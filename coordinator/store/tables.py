@@ -162,6 +162,8 @@ class Job(SQLModel, table=True):
     start_time: datetime | None = _time(nullable=True)
     end_time: datetime | None = _time(nullable=True)
     update_time: datetime = _time()
+    # Deleted: nobody sees it any more, and the collector removes what belongs to it (see collector.py).
+    delete_time: datetime | None = _time(nullable=True)
 
 
 class JobDependency(SQLModel, table=True):
@@ -259,6 +261,8 @@ class Checkpoint(SQLModel, table=True):
     size_bytes: int = _big()
     figures: dict[str, float] = _json()
     create_time: datetime = _time()
+    # No longer offered to anybody; the row goes once its bytes have gone.
+    delete_time: datetime | None = _time(nullable=True)
 
 
 class Trial(SQLModel, table=True):
@@ -346,3 +350,20 @@ class Endpoint(SQLModel, table=True):
     gpus: float = 0.0
     create_time: datetime = _time()
     update_time: datetime = _time()
+
+
+class Garbage(SQLModel, table=True):
+    """A folder of storage that a deleted version had. The row goes once the folder has, which waits for all who still need it."""
+
+    uri: str = Field(primary_key=True)
+    create_time: datetime = _time()
+    # Set while its files are being deleted: nobody may publish there meanwhile.
+    start_time: datetime | None = _time(nullable=True)
+
+
+class Hold(SQLModel, table=True):
+    """Somebody publishes into a folder of storage (`bases`, `datasets`): nothing in it is collected before this is gone."""
+
+    id: str = Field(primary_key=True)
+    folder: str
+    expire_time: datetime = _time()

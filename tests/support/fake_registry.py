@@ -89,6 +89,12 @@ class Datasets(Service, dataset_pb2_grpc.DatasetServiceServicer):
         versions, token = page(self.fake.datasets[request.parent.split("/")[-1]][::-1], request)
         return dataset_pb2.ListDatasetVersionsResponse(dataset_versions=versions, next_page_token=token)
 
+    def DeleteDatasetVersion(self, request: Any, context: Any) -> Any:
+        self.fake.enter(context, "DeleteDatasetVersion", request)
+        version = _find_version(self.fake, context, self.fake.datasets, request.name)
+        self.fake.datasets[request.name.split("/")[3]].remove(version)
+        return dataset_pb2.DeleteDatasetVersionResponse()
+
 
 class Models(Service, model_pb2_grpc.ModelServiceServicer):
     def UploadModel(self, request_iterator: Iterable[Any], context: Any) -> Any:
@@ -138,6 +144,12 @@ class Models(Service, model_pb2_grpc.ModelServiceServicer):
         self.fake.enter(context, "ListModelVersions", request)
         versions, token = page(self.fake.models[request.parent.split("/")[-1]][::-1], request)
         return model_pb2.ListModelVersionsResponse(model_versions=versions, next_page_token=token)
+
+    def DeleteModelVersion(self, request: Any, context: Any) -> Any:
+        self.fake.enter(context, "DeleteModelVersion", request)
+        version = _find_version(self.fake, context, self.fake.models, request.name)
+        self.fake.models[request.name.split("/")[3]].remove(version)
+        return model_pb2.DeleteModelVersionResponse()
 
     def SetAlias(self, request: Any, context: Any) -> Any:
         self.fake.enter(context, "SetAlias", request)

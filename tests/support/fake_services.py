@@ -214,6 +214,11 @@ class Jobs(Service, job_pb2_grpc.JobServiceServicer):
         request.update_mask.MergeMessage(request.job, job, replace_message_field=True)
         return job_pb2.UpdateJobResponse(job=job)
 
+    def DeleteJob(self, request: Any, context: Any) -> Any:
+        self.fake.enter(context, "DeleteJob", request)
+        del self.fake.jobs[self.fake.find(context, self.fake.jobs, request.name).name]
+        return job_pb2.DeleteJobResponse()
+
     def WatchJob(self, request: Any, context: Any) -> Iterator[Any]:
         fake = self.fake
         fake.enter(context, "WatchJob", request)

@@ -125,6 +125,13 @@ class Client:
         job.name = self.job_name(name)
         return self.jobs.UpdateJob(job_pb2.UpdateJobRequest(job=job, update_mask=FieldMask(paths=fields), etag=etag)).job
 
+    def delete_job(self, name: str, etag: str = "") -> None:
+        """Remove a job that has ended, with its records and files; the models that it made stay.
+
+        Raises Aborted where `etag` is given and the job has changed since.
+        """
+        self.jobs.DeleteJob(job_pb2.DeleteJobRequest(name=self.job_name(name), etag=etag))
+
     def watch(self, name: str, after_sequence: int = 0) -> Iterator[job_pb2.WatchJobResponse]:
         """Yield a job's events after a number, each once and in order, with progress in between; end when the job has.
 
@@ -244,6 +251,11 @@ class Client:
         request = dataset_pb2.ListDatasetVersionsRequest(parent=full_name(self.project, "datasets", name), page_size=page_size)
         return page_through(self.datasets.ListDatasetVersions, request, lambda page: page.dataset_versions)
 
+    def delete_dataset_version(self, version: str) -> None:
+        """Remove a version of a data set (`tickets@2`), and its rows unless another version has the very same."""
+        name = full_version(self.project, "datasets", version)
+        self.datasets.DeleteDatasetVersion(dataset_pb2.DeleteDatasetVersionRequest(name=name))
+
     # Models
 
     def upload_model(
@@ -276,6 +288,11 @@ class Client:
         """All versions of a model, newest first."""
         request = model_pb2.ListModelVersionsRequest(parent=full_name(self.project, "models", name), page_size=page_size)
         return page_through(self.models.ListModelVersions, request, lambda page: page.model_versions)
+
+    def delete_model_version(self, version: str) -> None:
+        """Remove a version of a model (`support@3`) with its aliases, and its files once nothing else needs them."""
+        name = full_version(self.project, "models", version)
+        self.models.DeleteModelVersion(model_pb2.DeleteModelVersionRequest(name=name))
 
     # Endpoints
 

@@ -55,6 +55,11 @@ class DatasetServiceStub:
                 request_serializer=luthier_dot_v1_dot_dataset__pb2.ListDatasetVersionsRequest.SerializeToString,
                 response_deserializer=luthier_dot_v1_dot_dataset__pb2.ListDatasetVersionsResponse.FromString,
                 _registered_method=True)
+        self.DeleteDatasetVersion = channel.unary_unary(
+                '/luthier.v1.DatasetService/DeleteDatasetVersion',
+                request_serializer=luthier_dot_v1_dot_dataset__pb2.DeleteDatasetVersionRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_dataset__pb2.DeleteDatasetVersionResponse.FromString,
+                _registered_method=True)
 
 
 class DatasetServiceServicer:
@@ -90,6 +95,14 @@ class DatasetServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteDatasetVersion(self, request, context):
+        """DeleteDatasetVersion removes a version, and its rows from storage unless another version has the very same. FAILED_PRECONDITION
+        while a job that has not ended reads it. Its number is never used again; its request_id makes a new version.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DatasetServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -112,6 +125,11 @@ def add_DatasetServiceServicer_to_server(servicer, server):
                     servicer.ListDatasetVersions,
                     request_deserializer=luthier_dot_v1_dot_dataset__pb2.ListDatasetVersionsRequest.FromString,
                     response_serializer=luthier_dot_v1_dot_dataset__pb2.ListDatasetVersionsResponse.SerializeToString,
+            ),
+            'DeleteDatasetVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteDatasetVersion,
+                    request_deserializer=luthier_dot_v1_dot_dataset__pb2.DeleteDatasetVersionRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_dataset__pb2.DeleteDatasetVersionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -223,6 +241,33 @@ class DatasetService:
             '/luthier.v1.DatasetService/ListDatasetVersions',
             luthier_dot_v1_dot_dataset__pb2.ListDatasetVersionsRequest.SerializeToString,
             luthier_dot_v1_dot_dataset__pb2.ListDatasetVersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteDatasetVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.DatasetService/DeleteDatasetVersion',
+            luthier_dot_v1_dot_dataset__pb2.DeleteDatasetVersionRequest.SerializeToString,
+            luthier_dot_v1_dot_dataset__pb2.DeleteDatasetVersionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,10 @@ class DatasetServiceStub:
     """GetDatasetVersion returns one version; without a version the latest."""
     ListDatasetVersions: _grpc.UnaryUnaryMultiCallable[_dataset_pb2.ListDatasetVersionsRequest, _dataset_pb2.ListDatasetVersionsResponse]
     """ListDatasetVersions pages through the versions of a data set, newest first."""
+    DeleteDatasetVersion: _grpc.UnaryUnaryMultiCallable[_dataset_pb2.DeleteDatasetVersionRequest, _dataset_pb2.DeleteDatasetVersionResponse]
+    """DeleteDatasetVersion removes a version, and its rows from storage unless another version has the very same. FAILED_PRECONDITION
+    while a job that has not ended reads it. Its number is never used again; its request_id makes a new version.
+    """
 
 @_typing.type_check_only
 class DatasetServiceAsyncStub(DatasetServiceStub):
@@ -59,6 +63,10 @@ class DatasetServiceAsyncStub(DatasetServiceStub):
     """GetDatasetVersion returns one version; without a version the latest."""
     ListDatasetVersions: _aio.UnaryUnaryMultiCallable[_dataset_pb2.ListDatasetVersionsRequest, _dataset_pb2.ListDatasetVersionsResponse]  # type: ignore[assignment]
     """ListDatasetVersions pages through the versions of a data set, newest first."""
+    DeleteDatasetVersion: _aio.UnaryUnaryMultiCallable[_dataset_pb2.DeleteDatasetVersionRequest, _dataset_pb2.DeleteDatasetVersionResponse]  # type: ignore[assignment]
+    """DeleteDatasetVersion removes a version, and its rows from storage unless another version has the very same. FAILED_PRECONDITION
+    while a job that has not ended reads it. Its number is never used again; its request_id makes a new version.
+    """
 
 class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
     """DatasetService takes rows in and tells what they are."""
@@ -96,5 +104,15 @@ class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_dataset_pb2.ListDatasetVersionsResponse, _abc.Awaitable[_dataset_pb2.ListDatasetVersionsResponse]]:
         """ListDatasetVersions pages through the versions of a data set, newest first."""
+
+    @_abc_1.abstractmethod
+    def DeleteDatasetVersion(
+        self,
+        request: _dataset_pb2.DeleteDatasetVersionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_dataset_pb2.DeleteDatasetVersionResponse, _abc.Awaitable[_dataset_pb2.DeleteDatasetVersionResponse]]:
+        """DeleteDatasetVersion removes a version, and its rows from storage unless another version has the very same. FAILED_PRECONDITION
+        while a job that has not ended reads it. Its number is never used again; its request_id makes a new version.
+        """
 
 def add_DatasetServiceServicer_to_server(servicer: DatasetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -70,6 +70,11 @@ class JobServiceStub:
                 request_serializer=luthier_dot_v1_dot_job__pb2.ResumeJobRequest.SerializeToString,
                 response_deserializer=luthier_dot_v1_dot_job__pb2.ResumeJobResponse.FromString,
                 _registered_method=True)
+        self.DeleteJob = channel.unary_unary(
+                '/luthier.v1.JobService/DeleteJob',
+                request_serializer=luthier_dot_v1_dot_job__pb2.DeleteJobRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_job__pb2.DeleteJobResponse.FromString,
+                _registered_method=True)
         self.WatchJob = channel.unary_stream(
                 '/luthier.v1.JobService/WatchJob',
                 request_serializer=luthier_dot_v1_dot_job__pb2.WatchJobRequest.SerializeToString,
@@ -152,6 +157,15 @@ class JobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteJob(self, request, context):
+        """DeleteJob removes a job that has ended: its records, its checkpoints, and what its runs left in storage. The models that it made
+        stay, and so does what it spent. FAILED_PRECONDITION for a job that has not ended, or that a waiting job follows. Its name is
+        NOT_FOUND from then on, its uid is never used again, and its request_id makes a new job.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchJob(self, request, context):
         """WatchJob streams the numbered events of a job after a given number, then live ones, and ends after the terminal one.
         """
@@ -225,6 +239,11 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.ResumeJob,
                     request_deserializer=luthier_dot_v1_dot_job__pb2.ResumeJobRequest.FromString,
                     response_serializer=luthier_dot_v1_dot_job__pb2.ResumeJobResponse.SerializeToString,
+            ),
+            'DeleteJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteJob,
+                    request_deserializer=luthier_dot_v1_dot_job__pb2.DeleteJobRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_job__pb2.DeleteJobResponse.SerializeToString,
             ),
             'WatchJob': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchJob,
@@ -442,6 +461,33 @@ class JobService:
             '/luthier.v1.JobService/ResumeJob',
             luthier_dot_v1_dot_job__pb2.ResumeJobRequest.SerializeToString,
             luthier_dot_v1_dot_job__pb2.ResumeJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.JobService/DeleteJob',
+            luthier_dot_v1_dot_job__pb2.DeleteJobRequest.SerializeToString,
+            luthier_dot_v1_dot_job__pb2.DeleteJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

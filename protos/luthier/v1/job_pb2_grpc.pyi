@@ -51,6 +51,11 @@ class JobServiceStub:
     """
     ResumeJob: _grpc.UnaryUnaryMultiCallable[_job_pb2.ResumeJobRequest, _job_pb2.ResumeJobResponse]
     """ResumeJob queues a paused job again; it goes on from its last checkpoint. Takes back a pause that has not happened yet."""
+    DeleteJob: _grpc.UnaryUnaryMultiCallable[_job_pb2.DeleteJobRequest, _job_pb2.DeleteJobResponse]
+    """DeleteJob removes a job that has ended: its records, its checkpoints, and what its runs left in storage. The models that it made
+    stay, and so does what it spent. FAILED_PRECONDITION for a job that has not ended, or that a waiting job follows. Its name is
+    NOT_FOUND from then on, its uid is never used again, and its request_id makes a new job.
+    """
     WatchJob: _grpc.UnaryStreamMultiCallable[_job_pb2.WatchJobRequest, _job_pb2.WatchJobResponse]
     """WatchJob streams the numbered events of a job after a given number, then live ones, and ends after the terminal one."""
     WatchJobs: _grpc.UnaryStreamMultiCallable[_job_pb2.WatchJobsRequest, _job_pb2.WatchJobsResponse]
@@ -87,6 +92,11 @@ class JobServiceAsyncStub(JobServiceStub):
     """
     ResumeJob: _aio.UnaryUnaryMultiCallable[_job_pb2.ResumeJobRequest, _job_pb2.ResumeJobResponse]  # type: ignore[assignment]
     """ResumeJob queues a paused job again; it goes on from its last checkpoint. Takes back a pause that has not happened yet."""
+    DeleteJob: _aio.UnaryUnaryMultiCallable[_job_pb2.DeleteJobRequest, _job_pb2.DeleteJobResponse]  # type: ignore[assignment]
+    """DeleteJob removes a job that has ended: its records, its checkpoints, and what its runs left in storage. The models that it made
+    stay, and so does what it spent. FAILED_PRECONDITION for a job that has not ended, or that a waiting job follows. Its name is
+    NOT_FOUND from then on, its uid is never used again, and its request_id makes a new job.
+    """
     WatchJob: _aio.UnaryStreamMultiCallable[_job_pb2.WatchJobRequest, _job_pb2.WatchJobResponse]  # type: ignore[assignment]
     """WatchJob streams the numbered events of a job after a given number, then live ones, and ends after the terminal one."""
     WatchJobs: _aio.UnaryStreamMultiCallable[_job_pb2.WatchJobsRequest, _job_pb2.WatchJobsResponse]  # type: ignore[assignment]
@@ -162,6 +172,17 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_job_pb2.ResumeJobResponse, _abc.Awaitable[_job_pb2.ResumeJobResponse]]:
         """ResumeJob queues a paused job again; it goes on from its last checkpoint. Takes back a pause that has not happened yet."""
+
+    @_abc_1.abstractmethod
+    def DeleteJob(
+        self,
+        request: _job_pb2.DeleteJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_pb2.DeleteJobResponse, _abc.Awaitable[_job_pb2.DeleteJobResponse]]:
+        """DeleteJob removes a job that has ended: its records, its checkpoints, and what its runs left in storage. The models that it made
+        stay, and so does what it spent. FAILED_PRECONDITION for a job that has not ended, or that a waiting job follows. Its name is
+        NOT_FOUND from then on, its uid is never used again, and its request_id makes a new job.
+        """
 
     @_abc_1.abstractmethod
     def WatchJob(

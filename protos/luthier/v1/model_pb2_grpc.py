@@ -65,6 +65,11 @@ class ModelServiceStub:
                 request_serializer=luthier_dot_v1_dot_model__pb2.GetLineageRequest.SerializeToString,
                 response_deserializer=luthier_dot_v1_dot_model__pb2.GetLineageResponse.FromString,
                 _registered_method=True)
+        self.DeleteModelVersion = channel.unary_unary(
+                '/luthier.v1.ModelService/DeleteModelVersion',
+                request_serializer=luthier_dot_v1_dot_model__pb2.DeleteModelVersionRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_model__pb2.DeleteModelVersionResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer:
@@ -113,6 +118,15 @@ class ModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteModelVersion(self, request, context):
+        """DeleteModelVersion removes a version with the aliases that point at it, and its files from storage once no other version has
+        them or is an adapter of them. FAILED_PRECONDITION while a job that has not ended reads it or an endpoint serves it. Its number is
+        never used again; its request_id makes a new version.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -145,6 +159,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.GetLineage,
                     request_deserializer=luthier_dot_v1_dot_model__pb2.GetLineageRequest.FromString,
                     response_serializer=luthier_dot_v1_dot_model__pb2.GetLineageResponse.SerializeToString,
+            ),
+            'DeleteModelVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteModelVersion,
+                    request_deserializer=luthier_dot_v1_dot_model__pb2.DeleteModelVersionRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_model__pb2.DeleteModelVersionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -310,6 +329,33 @@ class ModelService:
             '/luthier.v1.ModelService/GetLineage',
             luthier_dot_v1_dot_model__pb2.GetLineageRequest.SerializeToString,
             luthier_dot_v1_dot_model__pb2.GetLineageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteModelVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.ModelService/DeleteModelVersion',
+            luthier_dot_v1_dot_model__pb2.DeleteModelVersionRequest.SerializeToString,
+            luthier_dot_v1_dot_model__pb2.DeleteModelVersionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,11 @@ class ModelServiceStub:
     """SetAlias points an alias (champion) at a version, and away from the one it pointed at."""
     GetLineage: _grpc.UnaryUnaryMultiCallable[_model_pb2.GetLineageRequest, _model_pb2.GetLineageResponse]
     """GetLineage returns everything a version came from: job, data, base, and theirs."""
+    DeleteModelVersion: _grpc.UnaryUnaryMultiCallable[_model_pb2.DeleteModelVersionRequest, _model_pb2.DeleteModelVersionResponse]
+    """DeleteModelVersion removes a version with the aliases that point at it, and its files from storage once no other version has
+    them or is an adapter of them. FAILED_PRECONDITION while a job that has not ended reads it or an endpoint serves it. Its number is
+    never used again; its request_id makes a new version.
+    """
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
@@ -63,6 +68,11 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """SetAlias points an alias (champion) at a version, and away from the one it pointed at."""
     GetLineage: _aio.UnaryUnaryMultiCallable[_model_pb2.GetLineageRequest, _model_pb2.GetLineageResponse]  # type: ignore[assignment]
     """GetLineage returns everything a version came from: job, data, base, and theirs."""
+    DeleteModelVersion: _aio.UnaryUnaryMultiCallable[_model_pb2.DeleteModelVersionRequest, _model_pb2.DeleteModelVersionResponse]  # type: ignore[assignment]
+    """DeleteModelVersion removes a version with the aliases that point at it, and its files from storage once no other version has
+    them or is an adapter of them. FAILED_PRECONDITION while a job that has not ended reads it or an endpoint serves it. Its number is
+    never used again; its request_id makes a new version.
+    """
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     """ModelService is the registry."""
@@ -114,5 +124,16 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.GetLineageResponse, _abc.Awaitable[_model_pb2.GetLineageResponse]]:
         """GetLineage returns everything a version came from: job, data, base, and theirs."""
+
+    @_abc_1.abstractmethod
+    def DeleteModelVersion(
+        self,
+        request: _model_pb2.DeleteModelVersionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.DeleteModelVersionResponse, _abc.Awaitable[_model_pb2.DeleteModelVersionResponse]]:
+        """DeleteModelVersion removes a version with the aliases that point at it, and its files from storage once no other version has
+        them or is an adapter of them. FAILED_PRECONDITION while a job that has not ended reads it or an endpoint serves it. Its number is
+        never used again; its request_id makes a new version.
+        """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -38,6 +38,7 @@ TAKES: dict[str, tuple[str, str] | None] = {
     "UpdateJob": ("job.name", JOB),
     "PauseJob": ("name", JOB),
     "ResumeJob": ("name", JOB),
+    "DeleteJob": ("name", JOB),
     "WatchJob": ("name", JOB),
     "WatchJobs": ("parent", PARENT),
     "TailLogs": ("name", JOB),
@@ -47,12 +48,14 @@ TAKES: dict[str, tuple[str, str] | None] = {
     "ListDatasets": ("parent", PARENT),
     "GetDatasetVersion": ("name", "projects/{project}/datasets/rows/versions/1"),
     "ListDatasetVersions": ("parent", "projects/{project}/datasets/rows"),
+    "DeleteDatasetVersion": ("name", "projects/{project}/datasets/rows/versions/1"),
     "UploadModel": ("header.parent", PARENT),
     "ListModels": ("parent", PARENT),
     "GetModelVersion": ("name", VERSION),
     "ListModelVersions": ("parent", "projects/{project}/models/own"),
     "SetAlias": ("name", VERSION),
     "GetLineage": ("name", VERSION),
+    "DeleteModelVersion": ("name", VERSION),
     "DeployEndpoint": ("parent", PARENT),
     "GetEndpoint": ("name", "projects/{project}/endpoints/desk"),
     "ListEndpoints": ("parent", PARENT),
@@ -70,7 +73,7 @@ TAKES: dict[str, tuple[str, str] | None] = {
 NAMED = [method for method in METHODS if TAKES.get(method.name)]
 FOR_OPERATORS = {"CreateProject", "UpdateProject"}
 # These end what the tests of the other calls look at; one test calls them at the end.
-ENDING = {"CancelJob", "RevokeKey", "DeleteEndpoint"}
+ENDING = {"CancelJob", "RevokeKey", "DeleteEndpoint", "DeleteJob", "DeleteDatasetVersion", "DeleteModelVersion"}
 # What makes the call a good one apart from its name, so that nothing else can be what is refused.
 BESIDES: dict[str, dict[str, str]] = {
     "UploadDataset": {"header.dataset_id": "rows"},
@@ -215,3 +218,9 @@ def test_they_may_end_what_is_theirs(coordinator: CoordinatorProcess, tenants: T
     assert project.name == "projects/theirs"
     assert project.jobs["CANCELLED"] == 1
     assert project.held.cpus == 1.5
+    theirs.delete_job("ft-1")
+    theirs.delete_dataset_version("rows@1")
+    theirs.delete_model_version("own@1")
+    assert [*theirs.list_jobs(), *theirs.list_datasets(), *theirs.list_models()] == []
+    assert theirs.get_project().jobs["CANCELLED"] == 0
+    assert [job.name for job in tenants.ours.list_jobs()] == ["projects/ours/jobs/ft-1"]

@@ -55,6 +55,14 @@ def test_the_same_commit_is_not_downloaded_twice_and_a_new_one_is(hub, named, mo
     assert second.revision != first.revision
 
 
+def test_a_model_whose_files_were_deleted_is_brought_in_again(hub, named, storage_uri):
+    first = materialise(named("hub", "org/small"), storage_uri)
+    manifest.delete(first.uri)
+    again = materialise(named("hub", "org/small"), storage_uri)
+    assert (again.uri, again.content_hash) == (first.uri, first.content_hash)
+    assert manifest.read(first.uri).sha256 == first.content_hash
+
+
 def test_nothing_is_left_on_the_node_but_the_artifact(hub, named, storage_uri, node):
     materialise(named("hub", "org/small"), storage_uri)
     left = {path.name for folder in ("downloads", "scratch") for path in (node / folder).glob("*")}

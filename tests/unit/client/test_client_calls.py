@@ -39,6 +39,9 @@ def test_only_calls_that_are_safe_to_repeat_are_repeated() -> None:
         "UploadModel",
         "DeployEndpoint",  # a repeated one may undo what somebody else did in between
         "DeleteEndpoint",  # a repeated one may find nothing
+        "DeleteJob",
+        "DeleteDatasetVersion",
+        "DeleteModelVersion",
         "CreateKey",  # a repeated one makes a second key
         "CreateProject",  # a repeated one finds the id taken, by itself
         "UpdateProject",  # like UpdateJob: a repeated one finds the etag changed, by itself

@@ -131,6 +131,19 @@ def test_a_manifest_that_is_none_is_refused(data):
         manifest.parse(data, "here")
 
 
+def test_half_a_deleted_artifact_does_not_look_whole(source, uri, monkeypatch):
+    manifest.publish(source, uri)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "delete_tree", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            manifest.delete(uri)
+    with pytest.raises(NotFound):
+        manifest.read(uri)
+    manifest.delete(uri)
+    assert not storage.exists(uri)
+    manifest.delete(uri)
+
+
 def test_an_empty_folder_is_no_artifact(tmp_path, uri):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InvalidArgument, match="no files"):

@@ -81,6 +81,22 @@ def test_an_object_store_does_the_same(bucket, tmp_path):
     assert storage.list_files(bucket) == []
 
 
+@pytest.mark.parametrize("kind", ["root", "bucket"])
+def test_a_folder_is_deleted_but_for_what_is_kept_in_it(kind, request, tmp_path):
+    folder = storage.join(request.getfixturevalue(kind), "job 1")
+    for name in ("run-1/model", "run-1/model-2", "run-2/checkpoints/step-5"):
+        (tmp_path / "bucket" / "job 1" / name).mkdir(parents=True)  # object stores have no folders to make
+    kept = storage.join(folder, "run-1", "model")
+    for name in ("run-1/model/weights", "run-1/model-2/weights", "run-1/notes", "run-2/checkpoints/step-5/a", "x"):
+        storage.write_bytes(storage.join(folder, name), b"")
+    storage.delete_but(folder, [kept, storage.join(folder, "run-3", "never")])
+    assert storage.list_files(folder) == ["run-1/model/weights"]
+    storage.delete_but(folder, [])
+    assert storage.list_files(folder) == []
+    storage.delete_but(folder, [])
+    storage.delete_file(storage.join(folder, "x"))
+
+
 def test_a_query_of_the_root_is_kept():
     assert storage.join("s3://b/p?region=x", "f") == "s3://b/p/f?region=x"
 

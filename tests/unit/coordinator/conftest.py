@@ -9,6 +9,7 @@ import pytest
 from sqlmodel import Session
 
 from coordinator.cluster.launcher import Launcher
+from coordinator.collector import Collector
 from coordinator.jobs import create
 from coordinator.jobs.reconcile import Reconciler
 from coordinator.jobs.resolve import Resolved
@@ -20,6 +21,7 @@ from coordinator.store.leader import Leadership
 from coordinator.store.migrate import upgrade
 from coordinator.store.tables import Job
 from luthier.v1 import job_pb2, training_pb2
+from tests.support.deleting import Bytes
 from tests.support.fake_ray import FakeRay
 from tests.support.job_runs import secret_of
 
@@ -71,3 +73,13 @@ def leadership(store: Store) -> Iterator[Leadership]:
 def loop(store: Store, ray: FakeRay, leadership: Leadership) -> Reconciler:
     launcher = Launcher(ray, "127.0.0.1:7420", "python", secret_of(store))  # type: ignore[arg-type]
     return Reconciler(store, launcher, Notifier(), leadership)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Bytes:
+    return Bytes((tmp_path / "storage").as_uri())
+
+
+@pytest.fixture
+def collector(store: Store, leadership: Leadership, files: Bytes) -> Collector:
+    return Collector(store, Notifier(), leadership, files.root, checkpoint_days=7)
