@@ -39,6 +39,8 @@ PATIENCE_SECONDS = 60.0
 
 NOT_ENDED = col(Job.state).notin_([state.value for state in TERMINAL])
 
+STARTED = select(Garbage.uri).where(col(Garbage.start_time).is_not(None))
+
 
 def discard(session: Session, uri: str) -> None:
     """Note a folder that something which is deleted now had."""
@@ -84,8 +86,7 @@ def folder_of(uri: str, storage_uri: str) -> str:
 
 def bases_are_deleted_now(session: Session) -> bool:
     """Whether files of a model by content are being deleted, so that an agent must not bring one in."""
-    started = session.exec(select(Garbage.uri).where(col(Garbage.start_time).is_not(None))).all()
-    return any(f"/{BASES}/" in uri for uri in started)
+    return _deleted_now(session, BASES)
 
 
 @asynccontextmanager
@@ -108,11 +109,14 @@ async def publishing(store: Store, folder: str) -> AsyncIterator[None]:
 
 
 def _hold(session: Session, id_: str, folder: str) -> bool:
-    started = session.exec(select(Garbage.uri).where(col(Garbage.start_time).is_not(None))).all()
-    if any(f"/{folder}/" in uri for uri in started):
+    if _deleted_now(session, folder):
         return False
     session.add(Hold(id=id_, folder=folder, expire_time=now() + HOLD_TIME))
     return True
+
+
+def _deleted_now(session: Session, folder: str) -> bool:
+    return any(f"/{folder}/" in uri for uri in session.connection().execute(STARTED).scalars())
 
 
 def _release(session: Session, id_: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from google.protobuf import json_format
@@ -15,6 +15,11 @@ from coordinator.store import tables
 from luthier.v1 import admin_pb2, job_pb2, sweep_pb2
 
 M = TypeVar("M", bound=Message)
+
+OUTPUT_ONLY: list[Any] = [field.name for field in job_pb2.Job.DESCRIPTOR.fields if field.number >= 40 or field.number <= 2]
+"""Fields of a job that no caller sets."""
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def document(message: Message) -> dict[str, Any]:
@@ -31,9 +36,8 @@ def stamp(moment: datetime | None) -> Timestamp | None:
     """A moment as a proto timestamp."""
     if moment is None:
         return None
-    timestamp = Timestamp()
-    timestamp.FromDatetime(moment)
-    return timestamp
+    since = moment - EPOCH
+    return Timestamp(seconds=since.days * 86_400 + since.seconds, nanos=since.microseconds * 1000)
 
 
 def numbers(figures: dict[str, Any]) -> dict[str, float]:
@@ -93,6 +97,30 @@ def job(
         message.result.trials.extend(
             parse(trial.document, sweep_pb2.Trial()) for trial in sorted(trials, key=lambda trial: trial.trial_id)
         )
+    return message
+
+
+def new_job(row: tables.Job, asked: job_pb2.Job) -> job_pb2.Job:
+    """The same as `job` of a row that has just been made of `asked`, which need not be read out of JSON then."""
+    message = job_pb2.Job()
+    message.CopyFrom(asked)
+    for name in OUTPUT_ONLY:
+        message.ClearField(name)
+    made = stamp(row.create_time)
+    message.MergeFrom(
+        job_pb2.Job(
+            name=job_name(row),
+            uid=row.uid,
+            kind=row.kind,
+            state=State(row.state).proto,
+            create_time=made,
+            update_time=made,
+            etag=f'"{row.version}"',
+            sequence=row.sequence,
+            creator=row.creator,
+            usage=job_pb2.Usage(cpu_seconds=0, gpu_seconds=0),
+        )
+    )
     return message
 
 

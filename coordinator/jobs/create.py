@@ -26,8 +26,6 @@ from luthier.v1 import job_pb2
 PREFIXES = {"finetune": "ft", "sweep": "sw", "evaluate": "ev", "import_model": "im"}
 """First letters of a job's id, so that a list of ids says what they are."""
 
-OUTPUT_ONLY: list[Any] = [field.name for field in job_pb2.Job.DESCRIPTOR.fields if field.number >= 40 or field.number <= 2]
-
 
 @dataclass(frozen=True)
 class Request:
@@ -44,7 +42,7 @@ def request_of(project: str, creator: str, request: job_pb2.CreateJobRequest) ->
     """Reduce a call to its identity; output-only fields do not count."""
     body = job_pb2.Job()
     body.CopyFrom(request.job)
-    for name in OUTPUT_ONLY:
+    for name in messages.OUTPUT_ONLY:
         body.ClearField(name)
     digest = hashlib.sha256(body.SerializeToString(deterministic=True)).hexdigest()
     return Request(project, creator, request.request_id, digest, messages.document(body))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 from sqlmodel import Session, col, select
@@ -25,7 +26,7 @@ from coordinator.jobs.expiry import expired
 from coordinator.jobs.lease import Lease
 from coordinator.jobs.report import as_wished, cause
 from coordinator.jobs.resources import shape_of
-from coordinator.jobs.situation import active, read
+from coordinator.jobs.situation import Records, active
 from coordinator.jobs.states import EndReason, State
 from coordinator.jobs.wishes import wish_pause
 from coordinator.notify import Notifier
@@ -34,7 +35,6 @@ from coordinator.scheduling.plan import plan
 from coordinator.store.database import Store
 from coordinator.store.leader import Leadership
 from coordinator.store.tables import Job, JobRun, now
-from luthier.v1 import job_pb2
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +100,7 @@ class Reconciler:
         self._capacity: Capacity | None = None
         self._capacity_until = 0.0
         self._lease = Lease()
+        self._records = Records()
         self.cluster_error = "not asked yet"
         self.queue = Queue({}, None, Demand())
 
@@ -155,7 +156,7 @@ class Reconciler:
         capacity = await self.capacity()
         nodes = capacity.nodes if capacity else None
         with metrics.PLANNING.time():
-            situation = await self._store.read(lambda session: read(session, nodes, now()))
+            situation = await self._store.read(lambda session: self._records.read(session, nodes, now()))
             decided = await asyncio.to_thread(plan, situation)
         held = sum((holding.held for holding in situation.holding), Demand())
         self.queue = Queue({decision.uid: decision for decision in decided.decisions}, capacity, held)
@@ -202,13 +203,13 @@ class Reconciler:
 
     async def _tell_reasons(self, decisions: Sequence[Decision]) -> None:
         """Write an event for each job that waits for something else than when it was last told."""
-        told = await self._store.read(_told_reasons)
-        news = [each for each in decisions if not each.start and each.uid in told and told[each.uid] != each.reason]
+        told = self._records.told
+        news = {each.uid: each.reason for each in decisions if not each.start and told.get(each.uid, each.reason) != each.reason}
         if not news:
             return
         # The first of the queue are told first; with many, the others' turn comes in the next rounds.
-        told_now = await self._write(lambda session: [each.uid for each in news[:REASONS_A_ROUND] if _tell(session, each)])
-        self._notifier.notify(*told_now)
+        some = dict(islice(news.items(), REASONS_A_ROUND))
+        self._notifier.notify(*await self._write(lambda session: records.tell_reasons(session, some)))
 
     async def _launch(self, decision: Decision) -> None:
         job = await self._write(lambda session: _begin_run(session, decision))
@@ -315,19 +316,6 @@ def _runs_before(session: Session, uids: Sequence[str]) -> Sequence[JobRun]:
     """The last run of each of some jobs, where it had one."""
     query = select(JobRun).join(Job, col(Job.uid) == col(JobRun.job_uid)).where(col(Job.uid).in_(uids), JobRun.run == Job.run)
     return session.exec(query).all()
-
-
-def _told_reasons(session: Session) -> dict[str, str]:
-    query = select(Job.uid, Job.queue_reason).where(Job.state == State.QUEUED.value)
-    return dict(session.exec(query).all())
-
-
-def _tell(session: Session, decision: Decision) -> bool:
-    job = session.get(Job, decision.uid)
-    if job is None or job.state != State.QUEUED or job.queue_reason == decision.reason:
-        return False
-    said = f"waits for {decision.reason}"
-    return records.add_event(session, job.uid, job_pb2.JOB_EVENT_TYPE_WAITING, said, run=job.run, queue_reason=decision.reason)
 
 
 def _begin_run(session: Session, decision: Decision) -> Job | None:

@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from itertools import count
 from typing import Any
 
-from sqlalchemy import CursorResult, update
-from sqlmodel import Session, col, select
+from sqlalchemy import CursorResult, bindparam, insert, update
+from sqlmodel import Session, SQLModel, col, select
 
 from coordinator.jobs.states import ACTIVE, SOURCES, TERMINAL, EndReason, State
 from coordinator.jobs.usage import settle
-from coordinator.store.tables import Job, JobDependency, JobEvent, JobRun, Project, now
+from coordinator.store.tables import Job, JobDependency, JobEvent, JobRun, now
 from luthier.v1 import job_pb2
+
+# Built once: to build a statement takes longer than to run it.
+JOBS, EVENTS, PROJECTS = (SQLModel.metadata.tables[name] for name in ("job", "job_event", "project"))
+TAKE_NUMBERS = (
+    update(PROJECTS)
+    .where(PROJECTS.c.id == bindparam("project"))
+    .values(event_sequence=PROJECTS.c.event_sequence + bindparam("many"))
+    .returning(PROJECTS.c.event_sequence)
+)
+QUEUED = (
+    JOBS.select()
+    .with_only_columns(*(JOBS.c[name] for name in ("uid", "project_id", "sequence", "end_reason", "run", "queue_reason")))
+    .where(JOBS.c.state == State.QUEUED.value, JOBS.c.uid.in_(bindparam("uids", expanding=True)))
+)
+TELL = (
+    update(JOBS)
+    .where(JOBS.c.uid == bindparam("row"))
+    .values(
+        sequence=JOBS.c.sequence + 1,
+        version=JOBS.c.version + 1,
+        update_time=bindparam("moment"),
+        queue_reason=bindparam("reason"),
+    )
+)
+INSERT_EVENTS = insert(EVENTS)
 
 MAX_MESSAGE = 2000
 """Characters of an event's message that are kept."""
@@ -129,14 +156,48 @@ def _advance(
     return True
 
 
-def take_numbers(session: Session, project_id: str, count: int = 1) -> int:
+def tell_reasons(session: Session, reasons: Mapping[str, str]) -> list[str]:
+    """Record for each of some jobs, by uid, what it waits for now, with an event where that is news.
+
+    Two statements for all of them, because a queue may be long. Returns the uids of those for whom it was news.
+    """
+    connection, moment = session.connection(), now()
+    rows = [
+        row
+        for row in connection.execute(QUEUED, {"uids": list(reasons)})
+        if row.queue_reason != reasons[row.uid]  # somebody was faster
+    ]
+    if not rows:
+        return []
+    counts = Counter(row.project_id for row in rows)
+    numbers = {project: count(take_numbers(session, project, many) - many + 1) for project, many in counts.items()}
+    connection.execute(TELL, [{"row": row.uid, "reason": reasons[row.uid], "moment": moment} for row in rows])
+    events = [
+        {
+            "job_uid": row.uid,
+            "sequence": row.sequence + 1,
+            "time": moment,
+            "type": job_pb2.JOB_EVENT_TYPE_WAITING,
+            "state": State.QUEUED.value,
+            "end_reason": row.end_reason,
+            "run": row.run,
+            "message": f"waits for {reasons[row.uid]}"[:MAX_MESSAGE],
+            "project_id": row.project_id,
+            "project_sequence": next(numbers[row.project_id]),
+        }
+        for row in rows
+    ]
+    connection.execute(INSERT_EVENTS, events)
+    session.expire_all()
+    return [row.uid for row in rows]
+
+
+def take_numbers(session: Session, project_id: str, many: int = 1) -> int:
     """Take the next numbers for events of a project's jobs, and return the last of them.
 
     They appear in order: writing transactions run one at a time, and one that is rolled back gives its numbers back.
     """
-    statement = update(Project).where(col(Project.id) == project_id).values(event_sequence=Project.event_sequence + count)
-    taken = session.execute(statement.returning(col(Project.event_sequence)).execution_options(synchronize_session=False))
-    return int(taken.scalar_one())
+    return int(session.connection().execute(TAKE_NUMBERS, {"project": project_id, "many": many}).scalar_one())
 
 
 def mark_deleted(session: Session, uid: str) -> bool:

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from google.protobuf.json_format import ParseDict
-from sqlalchemy import func
+from sqlalchemy import and_, bindparam, func
 from sqlmodel import Session, col, select
 
 from coordinator.cluster.serve_config import GATEWAY_CPUS
@@ -20,19 +20,50 @@ from coordinator.store import tables
 from coordinator.store.tables import Job, JobRun
 from luthier.v1 import job_pb2
 
+# Columns, not rows: a queue may be long, and objects of the session cost ten times as much.
+IN_QUEUE: Any = and_(col(Job.state) == State.QUEUED.value, col(Job.pause_time).is_(None))
+QUEUED_VERSIONS = select(Job.uid, Job.version).where(IN_QUEUE)
+QUEUED = select(
+    *(col(each) for each in (Job.uid, Job.version, Job.project_id, Job.priority, Job.create_time, Job.shape, Job.cpus, Job.gpus)),
+    *(col(each) for each in (Job.time_limit_seconds, Job.not_before, Job.queue_reason)),
+).where(IN_QUEUE, col(Job.uid).in_(bindparam("uids", expanding=True)))
+
+FEW = 500
+"""Rows that are looked up by name in one statement."""
+
 ENDPOINT_PRIORITY = 1000
 """Endpoints stand above every job: their replicas are taken from nobody by the scheduler."""
 
 
-def read(session: Session, nodes: Sequence[Node] | None, now: datetime) -> Situation:
-    """The queue, what is held, and each project's terms, as they are recorded."""
-    return Situation(
-        now=now.timestamp(),
-        queue=_queue(session),
-        holding=[*_runs(session, now), *_endpoints(session)],
-        nodes=nodes,
-        terms=terms(session, now),
-    )
+class Records:
+    """Reads situations, and remembers of the queue what has not changed since: a row's version says so."""
+
+    def __init__(self) -> None:
+        self._queue: dict[str, tuple[int, Waiting]] = {}
+        self.told: dict[str, str] = {}
+        """What each queued job was last told that it waits for, as of the last reading."""
+
+    def read(self, session: Session, nodes: Sequence[Node] | None, now: datetime) -> Situation:
+        """The queue, what is held, and each project's terms, as they are recorded."""
+        self._read_queue(session)
+        return Situation(
+            now=now.timestamp(),
+            queue=[waiting for _, waiting in self._queue.values()],
+            holding=[*_runs(session, now), *_endpoints(session)],
+            nodes=nodes,
+            terms=terms(session, now),
+        )
+
+    def _read_queue(self, session: Session) -> None:
+        present = {row.uid: row.version for row in session.execute(QUEUED_VERSIONS)}
+        queue = {uid: known for uid, known in self._queue.items() if present.get(uid) == known[0]}
+        self.told = {uid: self.told[uid] for uid in queue}
+        changed = [uid for uid in present if uid not in queue]
+        for begin in range(0, len(changed), FEW):
+            for row in session.execute(QUEUED, {"uids": changed[begin : begin + FEW]}):
+                queue[row.uid] = row.version, _waiting(row)
+                self.told[row.uid] = row.queue_reason
+        self._queue = queue
 
 
 def active(session: Session) -> Sequence[Job]:
@@ -50,25 +81,16 @@ def run_seconds(session: Session, uids: Sequence[str], now: datetime) -> dict[st
     return totals
 
 
-def _queue(session: Session) -> list[Waiting]:
-    # Columns, not rows: a queue may be long, and objects of the session cost ten times as much.
-    columns: list[Any] = [
-        *(Job.uid, Job.project_id, Job.priority, Job.create_time, Job.shape, Job.cpus, Job.gpus),
-        *(Job.time_limit_seconds, Job.not_before),
-    ]
-    query = select(*columns).where(Job.state == State.QUEUED.value, col(Job.pause_time).is_(None))
-    return [
-        Waiting(
-            uid=row.uid,
-            project=row.project_id,
-            priority=row.priority,
-            since=row.create_time.timestamp(),
-            shape=shape_of(row.shape, Demand(row.cpus, row.gpus)),
-            expected_seconds=row.time_limit_seconds,
-            not_before=row.not_before.timestamp() if row.not_before else 0.0,
-        )
-        for row in session.exec(query).all()
-    ]
+def _waiting(row: Any) -> Waiting:
+    return Waiting(
+        uid=row.uid,
+        project=row.project_id,
+        priority=row.priority,
+        since=row.create_time.timestamp(),
+        shape=shape_of(row.shape, Demand(row.cpus, row.gpus)),
+        expected_seconds=row.time_limit_seconds,
+        not_before=row.not_before.timestamp() if row.not_before else 0.0,
+    )
 
 
 def _runs(session: Session, now: datetime) -> list[Holding]:

@@ -9,7 +9,7 @@ from itertools import count
 from types import SimpleNamespace
 from typing import Any, cast
 
-from sqlalchemy import insert, select
+from sqlalchemy import bindparam, insert, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, SQLModel
 
@@ -31,11 +31,14 @@ INSERT_JOBS = {
     "postgresql": postgresql.insert(JOBS).on_conflict_do_nothing(index_elements=ONCE),
 }
 INSERT_EVENTS = insert(EVENTS)
+# Built once: to build a statement takes longer than to run it.
+BOUNDS = select(PROJECTS.c.id, PROJECTS.c.ceiling, PROJECTS.c.budget).where(PROJECTS.c.id.in_(bindparam("ids", expanding=True)))
+THERE = select(JOBS.c.uid).where(JOBS.c.uid.in_(bindparam("uids", expanding=True)))
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A job to be recorded: who asked for it, and every column of its row."""
+    """A job to be recorded: who asked for it, and the columns of its row that are not NULL, or that other jobs may have."""
 
     request: create.Request
     row: dict[str, Any]
@@ -60,7 +63,7 @@ def record(session: Session, submissions: list[Submission]) -> Sequence[Job | Lu
 def _refused(session: Session, submissions: list[Submission]) -> dict[str, LuthierError]:
     """Why jobs are not taken, by uid: what they read was deleted, or their project is bounded and not entitled to them."""
     ids = {submission.request.project for submission in submissions}
-    projects = session.execute(select(PROJECTS.c.id, PROJECTS.c.ceiling, PROJECTS.c.budget).where(PROJECTS.c.id.in_(ids)))
+    projects = session.connection().execute(BOUNDS, {"ids": list(ids)})
     bounded = {project.id for project in projects if project.ceiling or project.budget}
     gone = missing(session, [(each.request.project, each.row["inputs"]["artifacts"]) for each in submissions])
     refused = {each.row["uid"]: error for each, error in zip(submissions, gone, strict=True) if error is not None}
@@ -81,7 +84,7 @@ def _insert(session: Session, submissions: list[Submission]) -> Sequence[Job | L
     inserted = connection.execute(INSERT_JOBS[connection.dialect.name], [submission.row for submission in submissions])
     fresh = {submission.row["uid"] for submission in submissions}
     if inserted.rowcount != len(submissions):
-        fresh = set(connection.execute(select(JOBS.c.uid).where(JOBS.c.uid.in_(fresh))).scalars())
+        fresh = set(connection.execute(THERE, {"uids": list(fresh)}).scalars())
     if fresh:
         new = [submission for submission in submissions if submission.row["uid"] in fresh]
         counts = Counter(submission.request.project for submission in new)
@@ -105,7 +108,7 @@ def _earlier(session: Session, submission: Submission) -> Job | AlreadyExists | 
 
 def _row(submission: Submission) -> Job:
     """What reads like the row. Making one of SQLModel's own takes longer than all else about a job."""
-    return cast("Job", SimpleNamespace(**submission.row))
+    return cast("Job", SimpleNamespace(**ABSENT | submission.row))
 
 
 def _first_event(submission: Submission, number: int) -> dict[str, Any]:
@@ -114,7 +117,7 @@ def _first_event(submission: Submission, number: int) -> dict[str, Any]:
 
 
 def _defaults(table: type[Job] | type[JobEvent]) -> dict[str, Any]:
-    """Every column that has a default with that; an INSERT past SQLModel knows none of them."""
+    """Every column that has a default with that, unless it is NULL; an INSERT past SQLModel knows none of them."""
     plain, made = _DEFAULTS[table]
     return plain | {name: make() for name, make in made.items()}
 
@@ -122,8 +125,11 @@ def _defaults(table: type[Job] | type[JobEvent]) -> dict[str, Any]:
 def _defaults_of(table: type[Job] | type[JobEvent]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Defaults that are values, and those that are made afresh for each row."""
     fields = {name: field for name, field in table.model_fields.items() if not field.is_required()}
-    plain = {name: field.default for name, field in fields.items() if field.default_factory is None}
+    plain = {name: field.default for name, field in fields.items() if field.default_factory is None and field.default is not None}
     return plain, {name: field.default_factory for name, field in fields.items() if field.default_factory is not None}
 
 
 _DEFAULTS = {Job: _defaults_of(Job), JobEvent: _defaults_of(JobEvent)}
+
+ABSENT = dict.fromkeys(name for name in Job.model_fields if name not in _DEFAULTS[Job][0] and name not in _DEFAULTS[Job][1])
+"""Columns that are NULL unless somebody sets them. To bind their NULLs for each job would be a third of the work."""

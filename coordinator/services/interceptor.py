@@ -49,56 +49,65 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def __init__(self, keys: Keys) -> None:
         self._keys = keys
+        self._wrapped: dict[str, Any] = {}
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         details: grpc.HandlerCallDetails,
     ) -> Any:
-        """Wrap the handler of a call."""
-        handler = await continuation(details)
-        if handler is None or details.method.startswith(OPEN[0]):
-            return handler
+        """Wrap the handler of a call, once for each method."""
+        wrapped = self._wrapped.get(details.method)
+        if wrapped is None:
+            handler = await continuation(details)
+            if handler is None or details.method.startswith(OPEN[0]):
+                return handler
+            wrapped = self._wrapped[details.method] = self._wrap(handler, details.method)
+        return wrapped
+
+    def _wrap(self, handler: Any, method: str) -> Any:
         direction = ("stream_" if handler.request_streaming else "unary_") + ("stream" if handler.response_streaming else "unary")
         behaviour = getattr(handler, direction)
-        wrapped: Any = self._stream(behaviour, details) if handler.response_streaming else self._unary(behaviour, details)
+        wrapped: Any = self._stream(behaviour, method) if handler.response_streaming else self._unary(behaviour, method)
         make = getattr(grpc, f"{direction}_rpc_method_handler")
         return make(wrapped, handler.request_deserializer, handler.response_serializer)
 
-    async def _admit(self, details: grpc.HandlerCallDetails) -> None:
-        if details.method.startswith(OPEN):
+    async def _admit(self, method: str, context: Context) -> None:
+        if method.startswith(OPEN):
             return
-        headers = {str(name): value for name, value in details.invocation_metadata or ()}
+        headers = {str(name): value for name, value in context.invocation_metadata() or ()}
         scheme, _, token = str(headers.get("authorization", "")).partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise Unauthenticated("no key: send the metadata `authorization: Bearer lut_…` (LUTHIER_TOKEN)", "KEY_MISSING")
         who = await self._keys.find(token)
-        needed = VIEWER if "ServerReflection" in details.method else NEEDS.get(details.method)
+        needed = VIEWER if "ServerReflection" in method else NEEDS.get(method)
         if needed is None or who.role < needed:
             word = admin_pb2.Role.Name(needed).removeprefix("ROLE_").lower() if needed else "that does not exist"
             raise PermissionDenied(f"this call needs a key with the role {word} or more", "ROLE_TOO_LOW")
         current.set(who)
 
-    def _unary(self, behaviour: Callable[..., Any], details: grpc.HandlerCallDetails) -> Callable[..., Awaitable[Any]]:
+    def _unary(self, behaviour: Callable[..., Any], method: str) -> Callable[..., Awaitable[Any]]:
+        handling = metrics.HANDLING.labels(method)
+
         async def call(request: Any, context: Context) -> Any:
-            with metrics.HANDLING.labels(details.method).time(), _counted(details.method):
+            with handling.time(), _counted(method):
                 try:
-                    await self._admit(details)
+                    await self._admit(method, context)
                     return await behaviour(request, context)
                 except Exception as error:
-                    await _abort(context, details.method, error)
+                    await _abort(context, method, error)
 
         return call
 
-    def _stream(self, behaviour: Callable[..., Any], details: grpc.HandlerCallDetails) -> Callable[..., AsyncIterator[Any]]:
+    def _stream(self, behaviour: Callable[..., Any], method: str) -> Callable[..., AsyncIterator[Any]]:
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
-            with metrics.STREAMS.labels(details.method).track_inprogress(), _counted(details.method):
+            with metrics.STREAMS.labels(method).track_inprogress(), _counted(method):
                 try:
-                    await self._admit(details)
+                    await self._admit(method, context)
                     async for response in behaviour(request, context):
                         yield response
                 except Exception as error:
-                    await _abort(context, details.method, error)
+                    await _abort(context, method, error)
 
         return call
 

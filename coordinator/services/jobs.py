@@ -56,10 +56,13 @@ class JobService(JobHistory):
             return job_pb2.CreateJobResponse(job=messages.job(before) if before is not None else job)
         if job.after:
             row = await self._store.write(lambda session: create.insert(session, identity, job, resolved))
+            made = messages.job(row)
         else:
-            row = await self._store.write_together(submit.record, Submission.of(identity, job, resolved))
+            submission = Submission.of(identity, job, resolved)
+            row = await self._store.write_together(submit.record, submission)
+            made = messages.new_job(row, job) if row.uid == submission.row["uid"] else messages.job(row)
         self._notifier.notify("scheduler")
-        return job_pb2.CreateJobResponse(job=messages.job(row))
+        return job_pb2.CreateJobResponse(job=made)
 
     async def GetJob(self, request: job_pb2.GetJobRequest, context: Context) -> job_pb2.GetJobResponse:
         """See job.proto."""

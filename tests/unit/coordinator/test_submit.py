@@ -23,6 +23,9 @@ def submission(request_id: str = "", workers: int = 1) -> tuple[create.Request, 
     spec = training_pb2.FinetuneSpec(base="builtin:tiny", dataset="t@1", method="full", workers=workers, output_model="m")
     job = job_pb2.Job(finetune=spec, display_name="x", labels={"team": "search"}, priority=3)
     job.time_limit.seconds = 60
+    job.hang_timeout.seconds = 600
+    job.budget.gpu_seconds = 3600
+    job.retry.max_retries = 5
     request = create.request_of("default", "tester", job_pb2.CreateJobRequest(job=job, request_id=request_id))
     fill_in(job, cluster_has_gpus=False)
     return request, job
@@ -57,7 +60,11 @@ def test_every_column_is_as_if_recorded_alone(store: Store) -> None:
 def test_the_answer_is_what_is_read_later(store: Store) -> None:
     (answer,) = store.write_now(together(submission("r1")))
     assert not isinstance(answer, AlreadyExists)
-    assert messages.job(answer) == messages.job(rows(store)[0])
+    read = messages.job(rows(store)[0])
+    assert messages.job(answer) == read
+    asked = submission("r1")[1]
+    asked.name, asked.state, asked.result.model_version = "set by the caller", job_pb2.JOB_STATE_FAILED, "m@9"
+    assert messages.new_job(answer, asked) == read
 
 
 def test_many_are_recorded_each_with_its_event(store: Store) -> None:
