@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import sys
 
@@ -12,9 +13,13 @@ from common.errors import LuthierError
 from common.settings import Settings
 from coordinator.server import serve
 
+GARBAGE_THRESHOLDS = (20_000, 20, 50)
+"""How seldom Python looks for cycles. It looks through all that lives, a long queue among it, and everybody waits meanwhile."""
+
 
 def main() -> int:
     """Run until told to stop; the exit status."""
+    gc.set_threshold(*GARBAGE_THRESHOLDS)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
