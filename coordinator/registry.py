@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from sqlalchemy import func, update
+from sqlalchemy import bindparam, func, update
 from sqlmodel import Session, col, select
 
 from common.errors import FailedPrecondition, NotFound
@@ -15,39 +15,56 @@ from coordinator.store import tables
 from coordinator.store.tables import now
 from luthier.v1 import dataset_pb2, model_pb2
 
+# Built once: to build a statement takes longer than to run it, and every new job asks for what it reads.
+_LATEST_DATASET = (
+    select(tables.DatasetVersion)
+    .where(tables.DatasetVersion.project_id == bindparam("project"), tables.DatasetVersion.dataset_id == bindparam("id"))
+    .order_by(col(tables.DatasetVersion.version).desc())
+    .limit(1)
+)
+_LATEST_MODEL = (
+    select(tables.ModelVersion)
+    .where(tables.ModelVersion.project_id == bindparam("project"), tables.ModelVersion.model_id == bindparam("id"))
+    .order_by(col(tables.ModelVersion.version).desc())
+    .limit(1)
+)
+
 
 def find_dataset(session: Session, project: str, ref: VersionRef) -> tables.DatasetVersion:
     """Return the version a reference stands for; NotFound says which part is missing."""
-    dataset = session.get(tables.Dataset, (project, ref.id))
-    if dataset is None:
-        raise NotFound(f"there is no data set {ref.id!r}; `luthier dataset list` shows those there are", "DATASET_NOT_FOUND")
-    latest = latest_datasets(session, project, [ref.id]).get(ref.id, 0)
-    number = latest if ref.version == "latest" else int(ref.version) if ref.version.isdecimal() else 0
-    row = session.get(tables.DatasetVersion, (project, ref.id, number))
+    row: tables.DatasetVersion | None = None
+    if ref.version == "latest":
+        row = session.exec(_LATEST_DATASET, params={"project": project, "id": ref.id}).first()
+    elif ref.version.isdecimal():
+        row = session.get(tables.DatasetVersion, (project, ref.id, int(ref.version)))
     if row is None:
-        there = f"its latest is {latest}" if latest else "all that it had were deleted"
+        if session.get(tables.Dataset, (project, ref.id)) is None:
+            raise NotFound(f"there is no data set {ref.id!r}; `luthier dataset list` shows those there are", "DATASET_NOT_FOUND")
+        there = _there(latest_datasets(session, project, [ref.id]).get(ref.id, 0))
         raise NotFound(f"data set {ref.id!r} has no version {ref.version!r}; {there}", "DATASET_NOT_FOUND")
     return row
 
 
 def find_model(session: Session, project: str, ref: VersionRef) -> tables.ModelVersion:
     """Return the version a number, an alias or `latest` stands for; NotFound says which part is missing."""
-    model = session.get(tables.Model, (project, ref.id))
-    if model is None:
-        raise NotFound(f"there is no model {ref.id!r}; `luthier model list` shows those there are", "MODEL_NOT_FOUND")
-    latest = latest_models(session, project, [ref.id]).get(ref.id, 0)
+    row: tables.ModelVersion | None = None
     if ref.version == "latest":
-        number = latest
+        row = session.exec(_LATEST_MODEL, params={"project": project, "id": ref.id}).first()
     elif ref.version.isdecimal():
-        number = int(ref.version)
+        row = session.get(tables.ModelVersion, (project, ref.id, int(ref.version)))
     else:
         alias = session.get(tables.ModelAlias, (project, ref.id, ref.version))
-        number = alias.version if alias else 0
-    row = session.get(tables.ModelVersion, (project, ref.id, number))
+        row = session.get(tables.ModelVersion, (project, ref.id, alias.version)) if alias else None
     if row is None:
-        there = f"its latest is {latest}" if latest else "all that it had were deleted"
+        if session.get(tables.Model, (project, ref.id)) is None:
+            raise NotFound(f"there is no model {ref.id!r}; `luthier model list` shows those there are", "MODEL_NOT_FOUND")
+        there = _there(latest_models(session, project, [ref.id]).get(ref.id, 0))
         raise NotFound(f"model {ref.id!r} has no version {ref.version!r}; {there}", "MODEL_NOT_FOUND")
     return row
+
+
+def _there(latest: int) -> str:
+    return f"its latest is {latest}" if latest else "all that it had were deleted"
 
 
 def latest_datasets(session: Session, project: str, ids: Collection[str]) -> dict[str, int]:

@@ -43,6 +43,9 @@ T = TypeVar("T")
 PERIOD = 1.0
 """Seconds between rounds when nothing wakes the loop."""
 
+LINGER = 0.02
+"""Seconds between what wakes the loop and its round."""
+
 REST = 9.0
 """Pause after a round, as a multiple of what the round took."""
 
@@ -107,6 +110,8 @@ class Reconciler:
     async def run(self) -> None:
         """Go round until cancelled. A round that fails is logged and tried again."""
         while not self._notifier.closing.is_set():
+            # Whoever asked for the round is answered first, and those who come right behind share it.
+            await asyncio.sleep(LINGER)
             started = asyncio.get_running_loop().time()
             try:
                 await self.round()

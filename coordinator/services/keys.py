@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from sqlalchemy import bindparam
 from sqlmodel import Session, select
 
 from common.errors import Unauthenticated
@@ -23,6 +24,8 @@ MOST = 10_000
 
 CHANGED = "keys"
 """Topic on which a change of keys is announced, once it is recorded and before it is acknowledged."""
+
+_BY_TOKEN = select(tables.ApiKey).where(tables.ApiKey.token_sha256 == bindparam("token_sha256"))
 
 
 class Keys:
@@ -58,7 +61,7 @@ class Keys:
 
 
 def _find(session: Session, token_sha256: str) -> tables.ApiKey:
-    row = session.exec(select(tables.ApiKey).where(tables.ApiKey.token_sha256 == token_sha256)).first()
+    row = session.exec(_BY_TOKEN, params={"token_sha256": token_sha256}).first()
     if row is None:
         raise Unauthenticated("this key is not known here", "KEY_UNKNOWN")
     return row
