@@ -2,6 +2,7 @@
 
 LuthierError
 ├── InvalidArgument      the request is wrong whatever the state (field violations say where)
+├── OutOfRange           the history asked for is gone
 ├── NotFound             no such thing, or not yours
 ├── AlreadyExists        the name or request_id is taken by something else
 ├── FailedPrecondition   right request, wrong moment
@@ -15,9 +16,9 @@ LuthierError
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,27 @@ class Violation:
 class LuthierError(Exception):
     """An error whose message a user reads. Survives pickling, so it may cross Ray and process borders.
 
-    `reason` is a stable UPPER_SNAKE_CASE word for programs; `grpc_code` the name of the gRPC status code.
+    `reason` is a stable UPPER_SNAKE_CASE word for programs, `metadata` what else they may want to know, `grpc_code` the name of
+    the gRPC status code.
     """
 
     grpc_code: ClassVar[str] = "UNKNOWN"
 
-    def __init__(self, message: str, reason: str = "", violations: Sequence[Violation] = ()) -> None:
+    def __init__(
+        self,
+        message: str,
+        reason: str = "",
+        violations: Sequence[Violation] = (),
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.reason = reason or self.grpc_code
         self.violations = tuple(violations)
+        self.metadata = dict(metadata or {})
 
-    def __reduce__(self) -> tuple[type[LuthierError], tuple[str, str, tuple[Violation, ...]]]:
-        return type(self), (self.message, self.reason, self.violations)
+    def __reduce__(self) -> tuple[type[LuthierError], tuple[Any, ...]]:
+        return type(self), (self.message, self.reason, self.violations, self.metadata)
 
 
 class InvalidArgument(LuthierError):
@@ -55,6 +64,12 @@ class InvalidArgument(LuthierError):
     def of(cls, violations: Sequence[Violation], reason: str = "INVALID_ARGUMENT") -> InvalidArgument:
         """Build the error from its violations; the message lists them in one line."""
         return cls("; ".join(f"{v.field}: {v.description}" for v in violations), reason, violations)
+
+
+class OutOfRange(LuthierError):
+    """The history before the number asked for is no longer kept."""
+
+    grpc_code = "OUT_OF_RANGE"
 
 
 class NotFound(LuthierError):

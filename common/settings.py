@@ -59,6 +59,11 @@ class Settings(BaseSettings):
     checkpoint_days: float = Field(
         7.0, ge=0, description="Days after which the checkpoints of a job that succeeded and registered its model are deleted."
     )
+    event_days: float = Field(
+        30.0, ge=0, description="Days after its end for which all events of a job are kept; then only its last. inf for good."
+    )
+    log_days: float = Field(90.0, ge=0, description="Days after its end for which a job's log lines are kept; inf for good.")
+    log_lines: int = Field(200_000, ge=1000, description="Log lines of a job that are kept; the oldest go first.")
     max_upload_bytes: int = Field(16 * 2**30, gt=0, description="Largest data set or model file that is taken.")
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Removes what was deleted: the bytes in storage first, then the records that say where they were.
+"""Removes what was deleted (the bytes in storage first, then the records that say where they were) and what is too old to keep.
 
 A kill in between leaves the mark, and the next round begins again with it: deleting what is gone already does nothing. Bytes are
 deleted in a thread and outside of any transaction.
@@ -18,6 +18,8 @@ from sqlmodel import Session, SQLModel, col, or_, select
 
 from common import manifest, storage
 from common.errors import LuthierError, Unavailable
+from coordinator import compaction
+from coordinator.compaction import Retention
 from coordinator.garbage import JOBS, folder_of, needed
 from coordinator.jobs.states import State
 from coordinator.notify import Notifier
@@ -38,8 +40,8 @@ PERIOD = 60.0
 SETTLE = timedelta(seconds=60)
 """How long after its end a job's files are left alone: its processes may still be leaving."""
 
-ROWS = 5000
-"""Rows that one transaction deletes at most, so that nobody who writes waits for long."""
+PIECES = 50
+"""Transactions of each kind in which one round compacts at most."""
 
 BATCH = 100
 """Checkpoints, jobs and folders that one round takes on at most."""
@@ -48,15 +50,13 @@ BATCH = 100
 class Collector:
     """Runs in the event loop of every coordinator as one task, and works in the one that leads."""
 
-    def __init__(
-        self, store: Store, notifier: Notifier, leadership: Leadership, storage_uri: str, checkpoint_days: float
-    ) -> None:
+    def __init__(self, store: Store, notifier: Notifier, leadership: Leadership, storage_uri: str, retention: Retention) -> None:
         self._store = store
         self._notifier = notifier
         self._leadership = leadership
         self._epoch = 0
         self._storage = storage_uri.rstrip("/")
-        self._checkpoint_age = timedelta(days=checkpoint_days)
+        self._retention = retention
 
     async def run(self) -> None:
         """Go round until cancelled. A round that fails is logged and tried again."""
@@ -78,6 +78,21 @@ class Collector:
         await self._each(await self._store.read(_retired), self._remove_checkpoint)
         await self._each(await self._store.read(_deleted_jobs), self._remove_job)
         await self._each(await self._store.read(partial(_garbage, storage_uri=self._storage)), self._remove_folder)
+        await self._compact()
+
+    async def _compact(self) -> None:
+        """Remove old events and log lines. What one round leaves is for the next."""
+        kept = self._retention
+        for _ in range(PIECES):
+            moment = now()
+            old = await self._store.read(partial(compaction.with_old_events, before=moment - kept.events))
+            if old:
+                await self._write(partial(compaction.compact_events, uids=old))
+            lines = await self._store.read(partial(compaction.with_old_lines, before=moment - kept.logs, lines=kept.log_lines))
+            if lines:
+                await self._write(partial(compaction.compact_logs, jobs=lines))
+            if not (old or lines):
+                return
 
     async def _each(self, items: Sequence[T], remove: Callable[[T], Awaitable[None]]) -> None:
         """Remove one after another; one that cannot be removed now does not hold up the others."""
@@ -102,6 +117,7 @@ class Collector:
         folder = storage.join(self._storage, JOBS, uid)
         kept = await self._store.read(partial(_kept_below, folder=folder))
         await self._outside(storage.delete_but, folder, kept)
+        await self._write(partial(compaction.note_deletion, uid=uid))
         for table, key in _tables_of_jobs():
             while await self._write(partial(_delete_rows, table=table, key=key, uid=uid)):
                 pass
@@ -119,7 +135,7 @@ class Collector:
         """Mark the checkpoints of jobs whose model has been registered for long enough: nobody will go on from them."""
         registered = col(Job.result)["model_version"].as_string().is_not(None)
         ended = select(Job.uid).where(
-            Job.state == State.SUCCEEDED.value, col(Job.end_time) < now() - self._checkpoint_age, registered
+            Job.state == State.SUCCEEDED.value, col(Job.end_time) < now() - self._retention.checkpoints, registered
         )
         statement = update(Checkpoint).where(col(Checkpoint.delete_time).is_(None), col(Checkpoint.job_uid).in_(ended))
         session.execute(statement.values(delete_time=now()).execution_options(synchronize_session=False))
@@ -165,7 +181,7 @@ def _tables_of_jobs() -> list[tuple[Any, Any]]:
 def _delete_rows(session: Session, table: Any, key: Any, uid: str) -> bool:
     """Delete some rows of a job. False where there were none left."""
     primary = list(table.primary_key.columns)
-    some = select(*primary).where(key == uid).limit(ROWS)
+    some = select(*primary).where(key == uid).limit(compaction.ROWS)
     result = session.execute(delete(table).where(tuple_(*primary).in_(some)))
     assert isinstance(result, CursorResult)
     return bool(result.rowcount)

@@ -22,6 +22,7 @@ from coordinator import metrics
 from coordinator.cluster.launcher import Launcher
 from coordinator.cluster.ray_cluster import RayCluster
 from coordinator.collector import Collector
+from coordinator.compaction import Retention
 from coordinator.endpoints.reconcile import Deployer
 from coordinator.exposition import exposed
 from coordinator.jobs.reconcile import Reconciler
@@ -140,7 +141,7 @@ async def _run(
         await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
     tls = "mutual TLS" if settings.tls_client_ca else "TLS" if settings.tls_cert else "no TLS"
     log.info("serving on %s with %s, store %s, Ray at %s", address, tls, store.kind, settings.ray_address or "nowhere")
-    collector = Collector(store, notifier, leadership, settings.storage, settings.checkpoint_days)
+    collector = Collector(store, notifier, leadership, settings.storage, Retention.of(settings))
     loops = [asyncio.create_task(each.run()) for each in (reconciler, deployer, collector)]
     running = asyncio.get_running_loop()
     leadership.run(lambda: running.call_soon_threadsafe(notifier.notify, "scheduler", "endpoints"))

@@ -219,3 +219,15 @@ def set_unnumbered(session: Session, uid: str, run: int, **values: Any) -> bool:
     )
     assert isinstance(result, CursorResult)
     return bool(result.rowcount)
+
+
+def compacted(session: Session, uid: str, **numbers: int) -> None:
+    """Set up to which number a job's events or log lines are no longer kept. Not a change of the job: nobody is told."""
+    session.execute(update(JOBS).where(JOBS.c.uid == uid).values(**numbers))
+
+
+def raise_to(session: Session, project_id: str, **numbers: int) -> None:
+    """Raise numbers of a project that never fall."""
+    for name, number in numbers.items():
+        column = PROJECTS.c[name]
+        session.execute(update(PROJECTS).where(PROJECTS.c.id == project_id, column < number).values({name: number}))

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from bisect import bisect_right
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, islice
 
 from sqlmodel import Session, col, select
 
 from common.errors import Unavailable
 from coordinator import messages
+from coordinator.compaction import holes
 from coordinator.notify import ANYTHING, Notifier
 from coordinator.store.database import Store
 from coordinator.store.tables import Job, JobEvent, Project
@@ -38,6 +42,19 @@ REST_SECONDS = 0.02
 """Pause between two reads of a feed: what is recorded meanwhile is read, and its watchers woken, together."""
 
 
+@dataclass(frozen=True)
+class Look:
+    """Events after some number, in order: all that there are up to `seen`.
+
+    Numbers up to `holes` may be missing, because their job was deleted or their time was over; up to `compacted` for the latter.
+    """
+
+    events: Sequence[job_pb2.WatchJobsResponse]
+    seen: int
+    holes: int
+    compacted: int
+
+
 class ProjectFeed:
     """The end of one project's events. `last` is the number of the latest that is known here."""
 
@@ -46,20 +63,20 @@ class ProjectFeed:
         self._notifier = notifier
         self._project = project
         self._kept: deque[job_pb2.WatchJobsResponse] = deque(maxlen=KEPT)
+        self._kept_after = last
+        self._holes = Look((), 0, 0, 0)
         self._news = asyncio.Event()
         self.watchers = 0
         self.last = last
 
-    async def after(self, sequence: int) -> Sequence[job_pb2.WatchJobsResponse]:
-        """Events after a number, in order, as many as are at hand; none where nothing newer is known."""
-        if sequence >= self.last:
-            return []
-        first = self._kept[0].sequence if self._kept else self.last + 1
-        if sequence + 1 < first:
-            return await self._store.read(partial(_events_after, project=self._project, sequence=sequence))
-        # Numbers have no gaps, so that an event's place follows from its number.
-        begin = sequence + 1 - first
-        return [self._kept[place] for place in range(begin, min(len(self._kept), begin + BATCH))]
+    async def after(self, sequence: int) -> Look:
+        """Events after a number, as many as are at hand; none where nothing newer is known."""
+        if sequence < self._kept_after:
+            return await self._store.read(partial(look, project=self._project, sequence=sequence))
+        begin = bisect_right(self._kept, sequence, key=lambda kept: kept.sequence)
+        events = list(islice(self._kept, begin, begin + BATCH))
+        seen = events[-1].sequence if begin + BATCH < len(self._kept) else max(sequence, self.last)
+        return replace(self._holes, events=events, seen=seen)
 
     async def news(self, seconds: float) -> bool:
         """Wait until there are newer events; False where there are none within the time."""
@@ -74,7 +91,7 @@ class ProjectFeed:
         while self.watchers and not self._notifier.closing.is_set():
             heard = self._notifier.count
             try:
-                news = await self._store.read(partial(_events_after, project=self._project, sequence=self.last))
+                found = await self._store.read(partial(look, project=self._project, sequence=self.last))
             except Exception as error:  # whoever watches waits for this loop: it goes on whatever happens
                 log.warning(
                     "the events of project %s cannot be read: %s",
@@ -82,17 +99,23 @@ class ProjectFeed:
                     error,
                     exc_info=not isinstance(error, Unavailable),
                 )
-                news = []
+                found = replace(self._holes, events=(), seen=self.last)
                 await asyncio.sleep(LOOK_SECONDS)
-            if news:
-                self._kept.extend(news)
-                self.last = news[-1].sequence
+            if found.seen > self.last:
+                self._keep(found)
                 woken, self._news = self._news, asyncio.Event()
                 woken.set()
             await asyncio.sleep(REST_SECONDS)
-            if len(news) < BATCH and self._notifier.count == heard:
+            if len(found.events) < BATCH and self._notifier.count == heard:
                 # Without a hint, too: another coordinator may have recorded something.
                 await self._notifier.wait(ANYTHING, LOOK_SECONDS)
+
+    def _keep(self, found: Look) -> None:
+        too_many = len(self._kept) + len(found.events) - KEPT
+        if too_many > 0:
+            self._kept_after = next(islice(chain(self._kept, found.events), too_many - 1, None)).sequence
+        self._kept.extend(found.events)
+        self._holes, self.last = replace(found, events=()), found.seen
 
 
 class ProjectFeeds:
@@ -126,7 +149,8 @@ class ProjectFeeds:
                 self._feeds.pop(project, None)
 
 
-def _events_after(session: Session, project: str, sequence: int) -> list[job_pb2.WatchJobsResponse]:
+def look(session: Session, project: str, sequence: int) -> Look:
+    """Events of a project after a number, as the store has them, and what the project's row says of those that are gone."""
     query = (
         select(JobEvent, Job.job_id)
         .join(Job, col(Job.uid) == col(JobEvent.job_uid))
@@ -134,9 +158,13 @@ def _events_after(session: Session, project: str, sequence: int) -> list[job_pb2
         .order_by(col(JobEvent.project_sequence))
         .limit(BATCH)
     )
-    return [
+    events = [
         job_pb2.WatchJobsResponse(
             event=messages.job_event(event), job=f"projects/{project}/jobs/{job_id}", sequence=event.project_sequence
         )
         for event, job_id in session.exec(query).all()
     ]
+    row = session.get_one(Project, project)
+    # One state of the records throughout: after the last event there is nothing up to the project's own number.
+    seen = events[-1].sequence if len(events) == BATCH else max(sequence, row.event_sequence)
+    return Look(events, seen, holes(row), row.events_compacted)

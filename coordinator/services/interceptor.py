@@ -29,7 +29,7 @@ DOMAIN = "luthier"
 def to_status(error: LuthierError) -> status_pb2.Status:
     """An error as google.rpc.Status with ErrorInfo and, for bad fields, BadRequest."""
     status = status_pb2.Status(code=code_pb2.Code.Value(error.grpc_code), message=error.message)
-    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
+    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)]
     if error.violations:
         violation = error_details_pb2.BadRequest.FieldViolation
         details.append(

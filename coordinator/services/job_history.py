@@ -9,7 +9,7 @@ from functools import partial
 from sqlalchemy import tuple_
 from sqlmodel import Session, col, select
 
-from common.errors import InvalidArgument, Unavailable, Violation
+from common.errors import InvalidArgument, NotFound, OutOfRange, Unavailable, Violation
 from coordinator import messages
 from coordinator.jobs.reconcile import Reconciler
 from coordinator.jobs.states import TERMINAL, State
@@ -52,6 +52,11 @@ class JobHistory(job_pb2_grpc.JobServiceServicer):
             if request.after_sequence > row.sequence:
                 bad = Violation("after_sequence", f"{request.after_sequence} is beyond the last event, {row.sequence}")
                 raise InvalidArgument.of([bad])
+            if sent < row.events_compacted:
+                if request.after_sequence:
+                    raise _compacted(f"of {request.name}", row.events_compacted)
+                sent = row.events_compacted
+                yield job_pb2.WatchJobResponse(bookmark=sent)
             for event in events:
                 message = job_pb2.WatchJobResponse(event=messages.job_event(event))
                 sent = event.sequence
@@ -84,11 +89,18 @@ class JobHistory(job_pb2_grpc.JobServiceServicer):
             yield job_pb2.WatchJobsResponse(bookmark=sent, sequence=sent)
             silent = 0.0
             while True:
-                events = await feed.after(sent)
-                for event in events:
+                look = await feed.after(sent)
+                if request.after_sequence and sent < look.compacted:
+                    raise _compacted(f"of {request.parent}", look.compacted)
+                for event in look.events:
+                    if event.sequence > sent + 1 and sent < look.holes:
+                        # Those in between are gone, and all others have been sent.
+                        yield job_pb2.WatchJobsResponse(bookmark=event.sequence - 1, sequence=event.sequence - 1)
                     yield event
-                if events:
-                    sent, silent = events[-1].sequence, 0.0
+                    sent = event.sequence
+                sent = max(sent, look.seen)
+                if look.events:
+                    silent = 0.0
                     continue
                 if silent >= BOOKMARK_SECONDS:
                     silent = 0.0
@@ -105,6 +117,8 @@ class JobHistory(job_pb2_grpc.JobServiceServicer):
         sent = request.after_sequence
         while True:
             found = await self._store.read(partial(_lines_after, uid=uid, sequence=sent, wanted=wanted))
+            if found.gone is not None:
+                yield job_pb2.TailLogsResponse(lines=[found.gone], seen=found.gone.sequence)
             if found.seen > sent:
                 sent = found.seen
                 yield job_pb2.TailLogsResponse(lines=found.lines, seen=sent)
@@ -176,9 +190,21 @@ class JobHistory(job_pb2_grpc.JobServiceServicer):
             raise Unavailable("the coordinator is stopping; watch again from the last number", "STOPPING")
 
 
+def _compacted(whose: str, upto: int) -> OutOfRange:
+    why = f"events up to {upto} {whose} are no longer kept; watch after 0 for what is left, or read the jobs themselves"
+    return OutOfRange(why, "COMPACTED", metadata={"first_sequence": str(upto + 1)})
+
+
+def _watched(session: Session, uid: str) -> tables.Job:
+    row = session.get(tables.Job, uid)
+    if row is None or row.delete_time is not None:
+        raise NotFound("the job has just been deleted", "JOB_NOT_FOUND")
+    return row
+
+
 def _events_after(session: Session, uid: str, sequence: int) -> tuple[Sequence[tables.JobEvent], tables.Job]:
     # The job's row is read first: an event that comes in between is then found in the next round, never skipped.
-    row = session.get_one(tables.Job, uid)
+    row = _watched(session, uid)
     events = session.exec(
         select(tables.JobEvent)
         .where(tables.JobEvent.job_uid == uid, tables.JobEvent.sequence > sequence, tables.JobEvent.sequence <= row.sequence)
@@ -196,14 +222,30 @@ class _Lines:
     seen: int
     more: bool
     ended: bool
+    gone: job_pb2.LogLine | None
 
 
 def _lines_after(session: Session, uid: str, sequence: int, wanted: LineFilter) -> _Lines:
-    state = session.get_one(tables.Job, uid).state
+    job = _watched(session, uid)
+    gone = None
+    if sequence < job.logs_compacted:
+        gone, sequence = _gone(job, sequence), job.logs_compacted
     query = select(tables.JobLog).where(tables.JobLog.job_uid == uid, tables.JobLog.sequence > sequence)
     rows = session.exec(query.order_by(col(tables.JobLog.sequence)).limit(BATCH)).all()
     lines = [_log_line(row) for row in rows if wanted.takes(row)]
-    return _Lines(lines, rows[-1].sequence if rows else sequence, len(rows) == BATCH, State(state) in TERMINAL)
+    seen = rows[-1].sequence if rows else sequence
+    return _Lines(lines, seen, len(rows) == BATCH, State(job.state) in TERMINAL, gone)
+
+
+def _gone(job: tables.Job, sequence: int) -> job_pb2.LogLine:
+    """Stands for the lines after a number that are no longer kept."""
+    return job_pb2.LogLine(
+        sequence=job.logs_compacted,
+        time=messages.stamp(job.update_time),
+        source="luthier",
+        level="WARNING",
+        message=f"{job.logs_compacted - sequence} older lines are no longer kept",
+    )
 
 
 def _log_line(row: tables.JobLog) -> job_pb2.LogLine:

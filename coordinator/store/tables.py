@@ -83,6 +83,9 @@ class Project(SQLModel, table=True):
     decay_time: datetime | None = _time(nullable=True)
     # Number of the latest event of its jobs.
     event_sequence: int = _big()
+    # Highest numbers of events that are gone: for their age, or with a job that was deleted (see compaction.py).
+    events_compacted: int = _big()
+    events_deleted: int = _big()
     create_time: datetime = _time()
 
 
@@ -162,6 +165,9 @@ class Job(SQLModel, table=True):
     start_time: datetime | None = _time(nullable=True)
     end_time: datetime | None = _time(nullable=True)
     update_time: datetime = _time()
+    # Numbers up to which its events and log lines are no longer kept (see compaction.py).
+    events_compacted: int = _big()
+    logs_compacted: int = _big()
     # Deleted: nobody sees it any more, and the collector removes what belongs to it (see collector.py).
     delete_time: datetime | None = _time(nullable=True)
 

@@ -224,7 +224,7 @@ class Jobs(Service, job_pb2_grpc.JobServiceServicer):
         fake.enter(context, "WatchJob", request)
         job = fake.find(context, fake.jobs, request.name)
         left = fake.cut_streams_after.popleft() if fake.cut_streams_after else None
-        sent = 0
+        sent, seen = 0, request.after_sequence
         position = 0
         while context.is_active():
             with fake.lock:
@@ -238,11 +238,12 @@ class Jobs(Service, job_pb2_grpc.JobServiceServicer):
                 if left is not None and sent >= left:
                     context.abort(grpc.StatusCode.UNAVAILABLE, "the server is going away")
                 sent += 1
+                seen = max(seen, item.event.sequence)
                 yield item
                 if item.HasField("job"):
                     return
             if not items:
-                yield job_pb2.WatchJobResponse(bookmark=job.sequence)
+                yield job_pb2.WatchJobResponse(bookmark=seen)
 
     def TailLogs(self, request: Any, context: Any) -> Iterator[Any]:
         fake = self.fake

@@ -95,6 +95,8 @@ def watch(
                             gaps += 1
                             break
                         seen, gaps = item.event.sequence, 0
+                    elif item.WhichOneof("item") == "bookmark":
+                        seen = max(seen, item.bookmark)
                     waiting.reset()
                     if item.WhichOneof("item") != "bookmark":
                         yield item

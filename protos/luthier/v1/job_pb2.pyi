@@ -821,7 +821,7 @@ class JobEvent(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """1, 2, 3 ... within the job, without gaps."""
+    """1, 2, 3 ... within the job, without gaps. Long after its end only the last is kept."""
     type: Global___JobEventType.ValueType
     """What kind of event."""
     state: Global___JobState.ValueType
@@ -1453,7 +1453,7 @@ class WatchJobRequest(_message.Message):
     name: _builtins.str
     """projects/{project}/jobs/{job}."""
     after_sequence: _builtins.int
-    """Number of the last event already seen; 0 for all."""
+    """Number of the last event already seen; 0 for all that are kept."""
     def __init__(
         self,
         *,
@@ -1479,7 +1479,9 @@ class WatchJobResponse(_message.Message):
     BOOKMARK_FIELD_NUMBER: _builtins.int
     JOB_FIELD_NUMBER: _builtins.int
     bookmark: _builtins.int
-    """Sent when nothing happened for a while: all events up to this number have been sent."""
+    """All events up to this number have been sent, or are no longer kept: go on after it. Sent when nothing happened for a while, and
+    before the first event where earlier ones are gone.
+    """
     @_builtins.property
     def event(self) -> Global___JobEvent:
         """A numbered event; each is sent once, in order."""
@@ -1521,7 +1523,7 @@ class WatchJobsRequest(_message.Message):
     parent: _builtins.str
     """projects/{project}."""
     after_sequence: _builtins.int
-    """Number within the project of the last event already seen; 0 for all, -1 for those that are recorded from now on."""
+    """Number within the project of the last event already seen; 0 for all that are kept, -1 for those that are recorded from now on."""
     def __init__(
         self,
         *,
@@ -1547,11 +1549,15 @@ class WatchJobsResponse(_message.Message):
     JOB_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
     bookmark: _builtins.int
-    """Sent when nothing happened for a while, and first of all: all events up to this number have been sent."""
+    """All events up to this number have been sent, or are gone: go on after it. Sent first of all, when nothing happened for a while, and
+    before an event whose number does not follow on the one before.
+    """
     job: _builtins.str
     """projects/{project}/jobs/{job} of the event."""
     sequence: _builtins.int
-    """Number of the event within its project, 1, 2, 3 ... without gaps: the next watch's after_sequence."""
+    """Number of the event within its project, 1, 2, 3 ... without gaps but those that a bookmark tells: the next watch's
+    after_sequence.
+    """
     @_builtins.property
     def event(self) -> Global___JobEvent:
         """An event of one of its jobs; each is sent once, in order."""

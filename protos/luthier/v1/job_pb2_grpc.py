@@ -167,7 +167,8 @@ class JobServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchJob(self, request, context):
-        """WatchJob streams the numbered events of a job after a given number, then live ones, and ends after the terminal one.
+        """WatchJob streams the numbered events of a job after a given number, then live ones, and ends after the terminal one. OUT_OF_RANGE
+        where events after that number are no longer kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -175,14 +176,16 @@ class JobServiceServicer:
 
     def WatchJobs(self, request, context):
         """WatchJobs streams the events of all jobs of a project after a given number, in the order in which they were recorded, then live
-        ones. It goes on until the caller ends it.
+        ones. It goes on until the caller ends it. OUT_OF_RANGE where events after that number are no longer kept. Those of a job that was
+        deleted are passed over.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def TailLogs(self, request, context):
-        """TailLogs streams a job's log lines, oldest first, and follows if asked.
+        """TailLogs streams a job's log lines, oldest first, and follows if asked. Where older lines are no longer kept, a line of the source
+        `luthier` says how many.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -57,13 +57,18 @@ class JobServiceStub:
     NOT_FOUND from then on, its uid is never used again, and its request_id makes a new job.
     """
     WatchJob: _grpc.UnaryStreamMultiCallable[_job_pb2.WatchJobRequest, _job_pb2.WatchJobResponse]
-    """WatchJob streams the numbered events of a job after a given number, then live ones, and ends after the terminal one."""
+    """WatchJob streams the numbered events of a job after a given number, then live ones, and ends after the terminal one. OUT_OF_RANGE
+    where events after that number are no longer kept.
+    """
     WatchJobs: _grpc.UnaryStreamMultiCallable[_job_pb2.WatchJobsRequest, _job_pb2.WatchJobsResponse]
     """WatchJobs streams the events of all jobs of a project after a given number, in the order in which they were recorded, then live
-    ones. It goes on until the caller ends it.
+    ones. It goes on until the caller ends it. OUT_OF_RANGE where events after that number are no longer kept. Those of a job that was
+    deleted are passed over.
     """
     TailLogs: _grpc.UnaryStreamMultiCallable[_job_pb2.TailLogsRequest, _job_pb2.TailLogsResponse]
-    """TailLogs streams a job's log lines, oldest first, and follows if asked."""
+    """TailLogs streams a job's log lines, oldest first, and follows if asked. Where older lines are no longer kept, a line of the source
+    `luthier` says how many.
+    """
     ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_job_pb2.ListCheckpointsRequest, _job_pb2.ListCheckpointsResponse]
     """ListCheckpoints returns the published checkpoints of a job, newest first."""
     ListJobMetrics: _grpc.UnaryUnaryMultiCallable[_job_pb2.ListJobMetricsRequest, _job_pb2.ListJobMetricsResponse]
@@ -98,13 +103,18 @@ class JobServiceAsyncStub(JobServiceStub):
     NOT_FOUND from then on, its uid is never used again, and its request_id makes a new job.
     """
     WatchJob: _aio.UnaryStreamMultiCallable[_job_pb2.WatchJobRequest, _job_pb2.WatchJobResponse]  # type: ignore[assignment]
-    """WatchJob streams the numbered events of a job after a given number, then live ones, and ends after the terminal one."""
+    """WatchJob streams the numbered events of a job after a given number, then live ones, and ends after the terminal one. OUT_OF_RANGE
+    where events after that number are no longer kept.
+    """
     WatchJobs: _aio.UnaryStreamMultiCallable[_job_pb2.WatchJobsRequest, _job_pb2.WatchJobsResponse]  # type: ignore[assignment]
     """WatchJobs streams the events of all jobs of a project after a given number, in the order in which they were recorded, then live
-    ones. It goes on until the caller ends it.
+    ones. It goes on until the caller ends it. OUT_OF_RANGE where events after that number are no longer kept. Those of a job that was
+    deleted are passed over.
     """
     TailLogs: _aio.UnaryStreamMultiCallable[_job_pb2.TailLogsRequest, _job_pb2.TailLogsResponse]  # type: ignore[assignment]
-    """TailLogs streams a job's log lines, oldest first, and follows if asked."""
+    """TailLogs streams a job's log lines, oldest first, and follows if asked. Where older lines are no longer kept, a line of the source
+    `luthier` says how many.
+    """
     ListCheckpoints: _aio.UnaryUnaryMultiCallable[_job_pb2.ListCheckpointsRequest, _job_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
     """ListCheckpoints returns the published checkpoints of a job, newest first."""
     ListJobMetrics: _aio.UnaryUnaryMultiCallable[_job_pb2.ListJobMetricsRequest, _job_pb2.ListJobMetricsResponse]  # type: ignore[assignment]
@@ -190,7 +200,9 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _job_pb2.WatchJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_job_pb2.WatchJobResponse], _abc.AsyncIterator[_job_pb2.WatchJobResponse]]:
-        """WatchJob streams the numbered events of a job after a given number, then live ones, and ends after the terminal one."""
+        """WatchJob streams the numbered events of a job after a given number, then live ones, and ends after the terminal one. OUT_OF_RANGE
+        where events after that number are no longer kept.
+        """
 
     @_abc_1.abstractmethod
     def WatchJobs(
@@ -199,7 +211,8 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_job_pb2.WatchJobsResponse], _abc.AsyncIterator[_job_pb2.WatchJobsResponse]]:
         """WatchJobs streams the events of all jobs of a project after a given number, in the order in which they were recorded, then live
-        ones. It goes on until the caller ends it.
+        ones. It goes on until the caller ends it. OUT_OF_RANGE where events after that number are no longer kept. Those of a job that was
+        deleted are passed over.
         """
 
     @_abc_1.abstractmethod
@@ -208,7 +221,9 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _job_pb2.TailLogsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_job_pb2.TailLogsResponse], _abc.AsyncIterator[_job_pb2.TailLogsResponse]]:
-        """TailLogs streams a job's log lines, oldest first, and follows if asked."""
+        """TailLogs streams a job's log lines, oldest first, and follows if asked. Where older lines are no longer kept, a line of the source
+        `luthier` says how many.
+        """
 
     @_abc_1.abstractmethod
     def ListCheckpoints(

@@ -9,10 +9,12 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from sqlmodel import Session, select
 
+from coordinator import compaction
 from coordinator.store import tables
 from luthier.client import Client
-from luthier.client.errors import InvalidArgument
+from luthier.client.errors import InvalidArgument, OutOfRange
 from luthier.v1 import job_pb2, training_pb2
 from tests.support.coordinator_process import CoordinatorProcess
 from tests.support.tenants import in_store
@@ -103,6 +105,99 @@ def test_one_who_does_not_read_holds_up_nobody(process: CoordinatorProcess) -> N
         # And finds everything when it does read.
         assert [item.sequence for item in islice(idle, 30)] == list(range(1, 31))
         idle.cancel()
+
+
+def compact(process: CoordinatorProcess, uid: str, upto: int) -> None:
+    """What the collector does with a job that ended long ago, at once."""
+
+    def work(session: Session) -> None:
+        compaction.compact_events(session, [uid])
+        assert session.get_one(tables.Job, uid).events_compacted == upto
+
+    in_store(process, work)
+
+
+def test_who_comes_too_late_is_told_and_who_begins_anew_gets_what_is_left(process: CoordinatorProcess) -> None:
+    with process.client() as client:
+        old, new = create(client), create(client)
+        list(islice(client.watch_jobs(0), 4))  # each was made, and told what it waits for
+        until_ended_by(client, old)
+        last = client.get_job(old).sequence
+        compact(process, client.get_job(old).uid, last - 1)
+        gone = [item.sequence for item in islice(client.watch_jobs(0), 2)]
+        with pytest.raises(OutOfRange, match="are no longer kept; watch after 0") as late:
+            next(client.watch_jobs(1))
+        for after in (1, last - 2):
+            with pytest.raises(OutOfRange) as caught:
+                list(client.watch(old, after))
+            assert caught.value.metadata == {"first_sequence": str(last)}
+        left = list(client.watch(old))
+        assert list(client.watch(old, last - 1)) == left
+        assert [told_of(item) for item in left] == [(last, job_pb2.JOB_STATE_CANCELLED)]
+        first_kept = int(late.value.metadata["first_sequence"])
+        # One who has seen all that is gone goes on, and the other job's events are all there.
+        assert next(client.watch_jobs(first_kept - 1)).sequence == first_kept
+        assert next(client.watch(new)).event.sequence == 1
+    assert gone[0] == 2  # the other job's first event
+
+
+def until_ended_by(client: Client, name: str) -> None:
+    client.jobs.CancelJob(job_pb2.CancelJobRequest(name=name))
+    for _ in client.watch(name):
+        pass
+
+
+def told_of(item: job_pb2.WatchJobResponse) -> tuple[int, int]:
+    return item.event.sequence, item.event.state
+
+
+def test_the_events_of_a_deleted_job_are_no_gap_for_those_who_watch(process: CoordinatorProcess) -> None:
+    with process.client() as client:
+        first, gone, last = create(client), create(client), create(client)
+        until_ended_by(client, gone)
+        seen: list[job_pb2.WatchJobsResponse] = []
+        watch = client.watch_jobs(0)
+        seen.append(next(watch))
+        in_store(process, lambda session: remove_events(session, client.get_job(gone).uid))
+        process.kill()  # what was kept in memory is gone, too
+        process.start()
+        for name in (first, last):
+            client.jobs.CancelJob(job_pb2.CancelJobRequest(name=name))
+        while sum(item.event.state == job_pb2.JOB_STATE_CANCELLED for item in seen) < 2:
+            seen.append(next(watch))
+        again = list(islice(client.watch_jobs(0), len(seen)))
+    assert [told(item) for item in again] == [told(item) for item in seen]
+    for name in (first, last):
+        own = [item.event.sequence for item in seen if item.job == name]
+        assert own == list(range(1, len(own) + 1))
+    assert gone not in {item.job for item in seen}
+
+
+def remove_events(session: Session, uid: str) -> None:
+    """The first half of what the collector does with a job that was deleted."""
+    compaction.note_deletion(session, uid)
+    for event in session.exec(select(tables.JobEvent).where(tables.JobEvent.job_uid == uid)).all():
+        session.delete(event)
+
+
+def test_lines_that_are_no_longer_kept_are_counted(process: CoordinatorProcess) -> None:
+    with process.client() as client:
+        name = create(client)
+        uid = client.get_job(name).uid
+
+        def work(session: Session) -> None:
+            for number in range(1, 41):
+                values = {"job_uid": uid, "sequence": number, "time": tables.now(), "run": 1, "source": "rank-0"}
+                session.add(tables.JobLog(**values, level="INFO", message=f"line {number}"))
+            session.flush()
+            compaction.compact_logs(session, [(uid, 30)])
+
+        in_store(process, work)
+        lines = [(line.sequence, line.source, line.message) for line in client.logs(name, pattern="line 3.")]
+        assert lines[0] == (30, "luthier", "30 older lines are no longer kept")
+        assert [sequence for sequence, _, _ in lines[1:]] == list(range(31, 40))
+        assert next(client.logs(name, after_sequence=10)).message == "20 older lines are no longer kept"
+        assert next(client.logs(name, after_sequence=30)).message == "line 31"
 
 
 def test_logs_are_read_by_source_run_level_and_pattern(process: CoordinatorProcess) -> None:

@@ -125,6 +125,15 @@ def test_a_gap_that_stays_is_an_error_not_a_silent_loss() -> None:
         list(watch(lambda seen: Scripted(8, 9), 6, patience=5))
 
 
+def test_what_a_bookmark_passes_over_is_no_gap() -> None:
+    class Stream(Scripted):
+        def __init__(self) -> None:
+            late = WatchJobResponse(event=JobEvent(sequence=9, state=JOB_STATE_CANCELLED))
+            self.items = iter([WatchJobResponse(bookmark=8), late])
+
+    assert sequences(list(watch(lambda seen: Stream(), 0, patience=5))) == [9]
+
+
 def test_a_project_is_watched_from_where_it_stands_and_over_a_break_without_gap_or_repeat() -> None:
     def says(*items: int) -> Iterator[WatchJobsResponse]:
         for number in items:

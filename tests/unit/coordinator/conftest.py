@@ -10,6 +10,7 @@ from sqlmodel import Session
 
 from coordinator.cluster.launcher import Launcher
 from coordinator.collector import Collector
+from coordinator.compaction import Retention
 from coordinator.jobs import create
 from coordinator.jobs.reconcile import Reconciler
 from coordinator.jobs.resolve import Resolved
@@ -82,4 +83,4 @@ def files(tmp_path: Path) -> Bytes:
 
 @pytest.fixture
 def collector(store: Store, leadership: Leadership, files: Bytes) -> Collector:
-    return Collector(store, Notifier(), leadership, files.root, checkpoint_days=7)
+    return Collector(store, Notifier(), leadership, files.root, Retention())
