@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from benchmarks import restart, schedule, simulate, submit, submits
+from benchmarks import fanout, restart, schedule, simulate, submit, submits
 
 if __name__ == "__main__":
     submit.main()
     submits.main()
+    fanout.main()
     restart.main()
     schedule.main()
     simulate.main()

@@ -41,7 +41,8 @@ class Notifier:
         self._waiters[topic].add(waiter)
         try:
             if not self.closing.is_set():
-                await asyncio.wait_for(waiter.wait(), timeout)
+                async with asyncio.timeout(timeout):
+                    await waiter.wait()
         except TimeoutError:
             pass
         finally:

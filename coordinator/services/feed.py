@@ -81,7 +81,8 @@ class ProjectFeed:
     async def news(self, seconds: float) -> bool:
         """Wait until there are newer events; False where there are none within the time."""
         try:
-            await asyncio.wait_for(self._news.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._news.wait()
         except TimeoutError:
             return False
         return True
