@@ -77,6 +77,7 @@ def job(
         after=after,
         runs=[job_run(each) for each in runs],
         usage=job_pb2.Usage(cpu_seconds=row.cpu_seconds, gpu_seconds=row.gpu_seconds),
+        schedule=f"projects/{row.project_id}/schedules/{row.schedule}" if row.schedule else "",
     )
     if row.retry:
         parse(row.retry, message.retry)

@@ -28,6 +28,7 @@ from coordinator.exposition import exposed
 from coordinator.jobs.reconcile import Reconciler
 from coordinator.jobs.tokens import sha256
 from coordinator.notify import Notifier
+from coordinator.schedules.runner import ScheduleRunner
 from coordinator.services.admin import AdminService, static_status
 from coordinator.services.agent import AgentService
 from coordinator.services.datasets import DatasetService
@@ -36,6 +37,7 @@ from coordinator.services.interceptor import Guard
 from coordinator.services.jobs import JobService
 from coordinator.services.keys import Keys
 from coordinator.services.models import ModelService
+from coordinator.services.schedules import ScheduleService
 from coordinator.services.uploads import Staging
 from coordinator.store import tables
 from coordinator.store.database import Store
@@ -54,6 +56,8 @@ from luthier.v1 import (
     job_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
+    schedule_pb2,
+    schedule_pb2_grpc,
 )
 
 log = logging.getLogger(__name__)
@@ -76,6 +80,7 @@ SERVICES = tuple(
         (job_pb2, "JobService"),
         (dataset_pb2, "DatasetService"),
         (model_pb2, "ModelService"),
+        (schedule_pb2, "ScheduleService"),
         (endpoint_pb2, "EndpointService"),
         (admin_pb2, "AdminService"),
         (agent_pb2, "AgentService"),
@@ -126,6 +131,7 @@ async def _run(
     model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(store, notifier, staging, settings.storage), server)
     endpoints = EndpointService(store, notifier, reconciler, deployer)
     endpoint_pb2_grpc.add_EndpointServiceServicer_to_server(endpoints, server)
+    schedule_pb2_grpc.add_ScheduleServiceServicer_to_server(ScheduleService(store, notifier, reconciler), server)
     admin = AdminService(store, notifier, reconciler, leadership, status, lambda: deployer.gateway_state)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
     agent_pb2_grpc.add_AgentServiceServicer_to_server(AgentService(store, notifier, secret, settings.storage), server)
@@ -142,7 +148,8 @@ async def _run(
     tls = "mutual TLS" if settings.tls_client_ca else "TLS" if settings.tls_cert else "no TLS"
     log.info("serving on %s with %s, store %s, Ray at %s", address, tls, store.kind, settings.ray_address or "nowhere")
     collector = Collector(store, notifier, leadership, settings.storage, Retention.of(settings))
-    loops = [asyncio.create_task(each.run()) for each in (reconciler, deployer, collector)]
+    runner = ScheduleRunner(store, notifier, leadership, reconciler)
+    loops = [asyncio.create_task(each.run()) for each in (reconciler, deployer, collector, runner)]
     running = asyncio.get_running_loop()
     leadership.run(lambda: running.call_soon_threadsafe(notifier.notify, "scheduler", "endpoints"))
     await stop.wait()

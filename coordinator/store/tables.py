@@ -132,6 +132,8 @@ class Job(SQLModel, table=True):
     request_id: str | None = None
     request_sha256: str = ""
     creator: str = ""
+    # Id of the schedule that created it.
+    schedule: str = ""
 
     state: str
     end_reason: str = "UNSPECIFIED"
@@ -373,3 +375,26 @@ class Hold(SQLModel, table=True):
     id: str = Field(primary_key=True)
     folder: str
     expire_time: datetime = _time()
+
+
+class Schedule(SQLModel, table=True):
+    """Creates a job at certain times. `job` is the contract's message as it was asked for: its names are looked up each time."""
+
+    project_id: str = Field(primary_key=True, foreign_key="project.id")
+    id: str = Field(primary_key=True)
+    # Never used again, also where the id is.
+    uid: str
+    cron: str
+    time_zone: str
+    job: dict[str, Any] = _json()
+    overlap: int
+    catch_up_seconds: float
+    paused: bool = False
+    # Absent while paused.
+    next_time: datetime | None = _time(nullable=True)
+    # The last times, latest first: Firing (schedule.proto) as JSON.
+    firings: list[dict[str, Any]] = _json(list)
+    creator: str = ""
+    version: int = _big(1)
+    create_time: datetime = _time()
+    update_time: datetime = _time()

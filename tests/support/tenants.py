@@ -48,6 +48,11 @@ def furnish(coordinator: CoordinatorProcess, project: str) -> None:
             document={"name": dataset.name},
             create_time=moment,
         ),
+        tables.Schedule(
+            **{"project_id": project, "id": "nightly", "uid": f"schedule-{project}", "cron": "@daily", "time_zone": "UTC"},
+            **{"overlap": 1, "catch_up_seconds": 60, "paused": True, "create_time": moment, "update_time": moment},
+            job={"finetune": {"base": "builtin:tiny", "dataset": "rows@1", "method": "full"}},
+        ),
         tables.Model(project_id=project, id="own", latest=1, create_time=moment),
         tables.ModelVersion(
             **{"project_id": project, "model_id": "own", "version": 1, "content_hash": "c", "uri": "file:///none"},

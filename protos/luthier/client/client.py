@@ -20,12 +20,13 @@ from luthier.client.paging import page_through
 from luthier.client.streams import STREAM_SECONDS, Stream, tail, watch, watch_project
 from luthier.client.tls import Tls
 from luthier.client.uploads import Progress, dataset_messages, model_files, model_messages, sha256_of
-from luthier.v1 import admin_pb2, dataset_pb2, endpoint_pb2, job_pb2, model_pb2
+from luthier.v1 import admin_pb2, dataset_pb2, endpoint_pb2, job_pb2, model_pb2, schedule_pb2
 from luthier.v1.admin_pb2_grpc import AdminServiceStub
 from luthier.v1.dataset_pb2_grpc import DatasetServiceStub
 from luthier.v1.endpoint_pb2_grpc import EndpointServiceStub
 from luthier.v1.job_pb2_grpc import JobServiceStub
 from luthier.v1.model_pb2_grpc import ModelServiceStub
+from luthier.v1.schedule_pb2_grpc import ScheduleServiceStub
 
 DEFAULT_SERVER = "127.0.0.1:7420"
 UPLOAD_TRIES = 3
@@ -37,10 +38,10 @@ class Client:
     """A connection to a coordinator.
 
     `server` is host:port (else `LUTHIER_SERVER`, else 127.0.0.1:7420), `token` an API key (else `LUTHIER_TOKEN`), `timeout`
-    the seconds that a call which is no stream may take. The attributes `jobs`, `datasets`, `models`, `endpoints` and `admin`
-    are the generated stubs; key, deadline, retries and exceptions (`LuthierError`) are attached to them. Names may be short
-    (`tickets@2`) in the methods of this class and are full (`projects/...`) in the messages. Use it as a context manager or
-    call `close()`. It may be shared by threads.
+    the seconds that a call which is no stream may take. The attributes `jobs`, `datasets`, `models`, `endpoints`, `schedules`
+    and `admin` are the generated stubs; key, deadline, retries and exceptions (`LuthierError`) are attached to them. Names may
+    be short (`tickets@2`) in the methods of this class and are full (`projects/...`) in the messages. Use it as a context
+    manager or call `close()`. It may be shared by threads.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Client:
         self.datasets = DatasetServiceStub(self._channel)
         self.models = ModelServiceStub(self._channel)
         self.endpoints = EndpointServiceStub(self._channel)
+        self.schedules = ScheduleServiceStub(self._channel)
         self.admin = AdminServiceStub(self._channel)
 
     @property
@@ -295,6 +297,40 @@ class Client:
         self.models.DeleteModelVersion(model_pb2.DeleteModelVersionRequest(name=name))
 
     # Endpoints
+
+    def create_schedule(self, name: str, schedule: schedule_pb2.Schedule) -> schedule_pb2.Schedule:
+        """Record a schedule, which creates its job at its times. Safe to repeat."""
+        request = schedule_pb2.CreateScheduleRequest(parent=self.parent, schedule_id=name, schedule=schedule)
+        return self.schedules.CreateSchedule(request).schedule
+
+    def get_schedule(self, name: str) -> schedule_pb2.Schedule:
+        """Return a schedule."""
+        request = schedule_pb2.GetScheduleRequest(name=full_name(self.project, "schedules", name))
+        return self.schedules.GetSchedule(request).schedule
+
+    def list_schedules(self, page_size: int = 100) -> Iterator[schedule_pb2.Schedule]:
+        """All schedules by name."""
+        request = schedule_pb2.ListSchedulesRequest(parent=self.parent, page_size=page_size)
+        return page_through(self.schedules.ListSchedules, request, lambda page: page.schedules)
+
+    def update_schedule(self, name: str, changes: schedule_pb2.Schedule, *fields: str, etag: str = "") -> schedule_pb2.Schedule:
+        """Change the named fields of a schedule (cron, time_zone, job, overlap, catch_up, paused), and return it."""
+        schedule = schedule_pb2.Schedule()
+        schedule.CopyFrom(changes)
+        schedule.name = full_name(self.project, "schedules", name)
+        request = schedule_pb2.UpdateScheduleRequest(schedule=schedule, update_mask=FieldMask(paths=fields), etag=etag)
+        return self.schedules.UpdateSchedule(request).schedule
+
+    def delete_schedule(self, name: str) -> None:
+        """End a schedule; the jobs that it made stay."""
+        self.schedules.DeleteSchedule(schedule_pb2.DeleteScheduleRequest(name=full_name(self.project, "schedules", name)))
+
+    def run_schedule(self, name: str, request_id: str | None = None) -> job_pb2.Job:
+        """Create a schedule's job now, besides its times."""
+        request = schedule_pb2.RunScheduleRequest(
+            name=full_name(self.project, "schedules", name), request_id=request_id or str(uuid.uuid4())
+        )
+        return self.schedules.RunSchedule(request).job
 
     def deploy_endpoint(
         self, name: str, endpoint: endpoint_pb2.Endpoint, etag: str = "", validate_only: bool = False

@@ -265,6 +265,7 @@ class Job(_message.Message):
     PAUSE_REQUESTED_FIELD_NUMBER: _builtins.int
     RUNS_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
+    SCHEDULE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """projects/{project}/jobs/{job}. Output only."""
     uid: _builtins.str
@@ -293,6 +294,8 @@ class Job(_message.Message):
     """Somebody asked for it to be cancelled and it has not ended yet."""
     pause_requested: _builtins.bool
     """Somebody asked for it to be paused."""
+    schedule: _builtins.str
+    """projects/{project}/schedules/{schedule} that created it; empty for jobs that somebody asked for."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Free key-value pairs for finding jobs again."""
@@ -415,10 +418,11 @@ class Job(_message.Message):
         pause_requested: _builtins.bool = ...,
         runs: _abc.Iterable[Global___JobRun] | None = ...,
         usage: Global___Usage | None = ...,
+        schedule: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "evaluate", b"evaluate", "finetune", b"finetune", "hang_timeout", b"hang_timeout", "import_model", b"import_model", "progress", b"progress", "queue", b"queue", "result", b"result", "retry", b"retry", "spec", b"spec", "start_time", b"start_time", "sweep", b"sweep", "time_limit", b"time_limit", "update_time", b"update_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "attempt", b"attempt", "budget", b"budget", "cancel_requested", b"cancel_requested", "create_time", b"create_time", "creator", b"creator", "display_name", b"display_name", "end_reason", b"end_reason", "end_time", b"end_time", "error", b"error", "etag", b"etag", "evaluate", b"evaluate", "finetune", b"finetune", "hang_timeout", b"hang_timeout", "import_model", b"import_model", "kind", b"kind", "labels", b"labels", "name", b"name", "pause_requested", b"pause_requested", "priority", b"priority", "progress", b"progress", "queue", b"queue", "result", b"result", "retry", b"retry", "run", b"run", "runs", b"runs", "sequence", b"sequence", "spec", b"spec", "start_time", b"start_time", "state", b"state", "sweep", b"sweep", "time_limit", b"time_limit", "uid", b"uid", "update_time", b"update_time", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "attempt", b"attempt", "budget", b"budget", "cancel_requested", b"cancel_requested", "create_time", b"create_time", "creator", b"creator", "display_name", b"display_name", "end_reason", b"end_reason", "end_time", b"end_time", "error", b"error", "etag", b"etag", "evaluate", b"evaluate", "finetune", b"finetune", "hang_timeout", b"hang_timeout", "import_model", b"import_model", "kind", b"kind", "labels", b"labels", "name", b"name", "pause_requested", b"pause_requested", "priority", b"priority", "progress", b"progress", "queue", b"queue", "result", b"result", "retry", b"retry", "run", b"run", "runs", b"runs", "schedule", b"schedule", "sequence", b"sequence", "spec", b"spec", "start_time", b"start_time", "state", b"state", "sweep", b"sweep", "time_limit", b"time_limit", "uid", b"uid", "update_time", b"update_time", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["finetune", "sweep", "evaluate", "import_model"]  # noqa: Y015
     _WhichOneofArgType_spec: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015

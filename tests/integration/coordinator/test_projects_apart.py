@@ -13,19 +13,20 @@ from google.protobuf.message import Message
 from coordinator.services.jobs import JobService
 from luthier.client import LuthierError, NotFound, PermissionDenied
 from luthier.client.errors import from_call
-from luthier.v1 import admin_pb2, dataset_pb2, endpoint_pb2, job_pb2, job_pb2_grpc, model_pb2, training_pb2
+from luthier.v1 import admin_pb2, dataset_pb2, endpoint_pb2, job_pb2, job_pb2_grpc, model_pb2, schedule_pb2, training_pb2
 from tests.support.coordinator_process import CoordinatorProcess
 from tests.support.tenants import Tenants
 
 METHODS: list[MethodDescriptor] = [
     method
-    for module in (job_pb2, dataset_pb2, model_pb2, endpoint_pb2, admin_pb2)
+    for module in (job_pb2, dataset_pb2, model_pb2, schedule_pb2, endpoint_pb2, admin_pb2)
     for service in module.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 ]
 
 JOB = "projects/{project}/jobs/ft-1"
 VERSION = "projects/{project}/models/own/versions/1"
+SCHEDULE = "projects/{project}/schedules/nightly"
 PARENT = "projects/{project}"
 
 # The name that each call takes: where in the request it goes, and the name of something that the other project has. A call that
@@ -56,6 +57,12 @@ TAKES: dict[str, tuple[str, str] | None] = {
     "SetAlias": ("name", VERSION),
     "GetLineage": ("name", VERSION),
     "DeleteModelVersion": ("name", VERSION),
+    "CreateSchedule": ("parent", PARENT),
+    "GetSchedule": ("name", SCHEDULE),
+    "ListSchedules": ("parent", PARENT),
+    "UpdateSchedule": ("schedule.name", SCHEDULE),
+    "DeleteSchedule": ("name", SCHEDULE),
+    "RunSchedule": ("name", SCHEDULE),
     "DeployEndpoint": ("parent", PARENT),
     "GetEndpoint": ("name", "projects/{project}/endpoints/desk"),
     "ListEndpoints": ("parent", PARENT),
@@ -73,13 +80,15 @@ TAKES: dict[str, tuple[str, str] | None] = {
 NAMED = [method for method in METHODS if TAKES.get(method.name)]
 FOR_OPERATORS = {"CreateProject", "UpdateProject"}
 # These end what the tests of the other calls look at; one test calls them at the end.
-ENDING = {"CancelJob", "RevokeKey", "DeleteEndpoint", "DeleteJob", "DeleteDatasetVersion", "DeleteModelVersion"}
+ENDING = {"CancelJob", "RevokeKey", "DeleteEndpoint", "DeleteJob", "DeleteDatasetVersion", "DeleteModelVersion", "DeleteSchedule"}
 # What makes the call a good one apart from its name, so that nothing else can be what is refused.
 BESIDES: dict[str, dict[str, str]] = {
     "UploadDataset": {"header.dataset_id": "rows"},
     "UploadModel": {"header.model_id": "own"},
     "DeployEndpoint": {"endpoint_id": "desk"},
     "SetAlias": {"alias": "champion"},
+    "CreateSchedule": {"schedule_id": "hourly"},
+    "RunSchedule": {"request_id": "r-1"},
 }
 
 
@@ -130,7 +139,7 @@ def test_requests_with_a_name_are_listed_with_it(method: MethodDescriptor) -> No
     if taken is not None:
         named.remove(taken[0])
     # What a create or an update sends as its body has an output-only name, which counts for nothing where another one says which.
-    assert not named - {"job.name", "endpoint.name", "key.name", "project.name"}
+    assert not named - {"job.name", "endpoint.name", "key.name", "project.name", "schedule.name"}
 
 
 @pytest.mark.parametrize("method", NAMED, ids=lambda method: method.name)

@@ -8,7 +8,7 @@ import pytest
 
 from luthier.client import AlreadyExists, Client, InvalidArgument, Unavailable, short_name
 from luthier.client.channel import service_config
-from luthier.v1 import admin_pb2, dataset_pb2, endpoint_pb2, job_pb2, model_pb2
+from luthier.v1 import admin_pb2, dataset_pb2, endpoint_pb2, job_pb2, model_pb2, schedule_pb2
 from luthier.v1.endpoint_pb2 import Endpoint, Route
 from tests.support.fake_services import Failure, FakeCoordinator
 
@@ -19,6 +19,7 @@ SERVICES = [
         (job_pb2, "JobService"),
         (dataset_pb2, "DatasetService"),
         (model_pb2, "ModelService"),
+        (schedule_pb2, "ScheduleService"),
         (endpoint_pb2, "EndpointService"),
         (admin_pb2, "AdminService"),
     ]
@@ -39,6 +40,8 @@ def test_only_calls_that_are_safe_to_repeat_are_repeated() -> None:
         "UploadModel",
         "DeployEndpoint",  # a repeated one may undo what somebody else did in between
         "DeleteEndpoint",  # a repeated one may find nothing
+        "UpdateSchedule",
+        "DeleteSchedule",
         "DeleteJob",
         "DeleteDatasetVersion",
         "DeleteModelVersion",
