@@ -141,8 +141,6 @@ def _last_job(session: Session, row: Schedule) -> Job | None:
 
 
 def _go_on(session: Session, row: Schedule, now: datetime) -> None:
-    assert row.next_time is not None
-    # By the row's own time as well: a clock that was set back must not bring a time a second time.
-    row.next_time = following(row.cron, row.time_zone, max(now, row.next_time))
+    row.next_time = following(row.cron, row.time_zone, now)
     row.version += 1
     session.add(row)

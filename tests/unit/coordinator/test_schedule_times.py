@@ -29,6 +29,8 @@ def utc(text: str) -> datetime:
         ("0 0 L * *", "UTC", "2026-02-01T00:00:00", "2026-02-28T00:00:00"),
         # 02:30 is left out on that night, so it comes right after the gap, at 03:00 summer time.
         ("30 2 * * *", "Europe/Berlin", "2026-03-29T00:00:00", "2026-03-29T01:00:00"),
+        # 02:15 for the second time: 02:30 has been.
+        ("30 2 * * *", "Europe/Berlin", "2026-10-25T01:15:00", "2026-10-26T01:30:00"),
     ],
 )
 def test_the_next_time(cron: str, zone: str, moment: str, expected: str) -> None:
