@@ -13,11 +13,12 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cli.failures import Failure
+from cli.failures import USAGE, Failure
 from cli.stack.ports import LOOPBACK
 from cli.stack.processes import last_lines, spawn
 from cli.stack.ray_head import NOT_INHERITED, write_secret
 from cli.stack.state import ProcessRef, StackState
+from common.settings import Settings
 from luthier.client import Client, LuthierError
 from luthier.client.channel import bare_channel
 from luthier.client.tls import Tls
@@ -58,6 +59,22 @@ def environment(state: StackState, home: Path, inherited: Mapping[str, str]) -> 
     return values
 
 
+def check_tls(settings: Settings) -> None:
+    """Raise Failure where this process could not talk to the coordinator that it is about to start."""
+    tls = Tls.of()
+    missing = []
+    if settings.tls_cert is not None and not tls.ca:
+        missing.append("LUTHIER_CA to the file with the CA of its certificate")
+    if settings.tls_client_ca is not None and not (tls.cert and tls.key):
+        missing.append(f"LUTHIER_CERT and LUTHIER_KEY to the files of a certificate that {settings.tls_client_ca} knows")
+    if missing:
+        kind = "mutual TLS" if settings.tls_client_ca is not None else "TLS"
+        raise Failure(f"the coordinator is set up for {kind}, and `luthier` has to talk to it: set {', '.join(missing)}", USAGE)
+    if settings.tls_cert is None and tls.ca:
+        raise Failure("LUTHIER_CA is set, and the coordinator is not set up for TLS: set LUTHIER_TLS_CERT, or unset it", USAGE)
+    tls.credentials()
+
+
 def start(state: StackState, home: Path) -> ProcessRef:
     """Start the coordinator; `wait_until_serving` tells when it answers."""
     return spawn([sys.executable, "-m", "coordinator"], environment(state, home, os.environ), home, PART)
@@ -80,10 +97,16 @@ def wait_until_serving(state: StackState, process: ProcessRef, home: Path, timeo
     log = home / "logs" / "coordinator.log"
     while not (serving(state.server, timeout=0.5) and _pid(state.server, home) == process.pid):
         if process.process() is None:
-            raise Failure(f"the coordinator did not start: {last_lines(home, PART)}; see {log}")
+            raise Failure(f"the coordinator did not start: {_last_words(home)}; see {log}")
         if time.monotonic() > end:
             raise Failure(f"the coordinator does not serve after {timeout:.0f} s; see {log}")
         time.sleep(0.1)
+
+
+def _last_words(home: Path) -> str:
+    """Why a coordinator ended: the one line that it says itself, or else the end of its log."""
+    said = last_lines(home, PART, 1)
+    return said.removeprefix("error: ") if said.startswith("error: ") else last_lines(home, PART)
 
 
 def _pid(server: str, home: Path) -> int:

@@ -67,6 +67,7 @@ def _start(home: Path, wishes: Wishes, before: StackState | None, say: Say) -> S
     if before is not None:
         reap(home, folders=[before.ray.temp_dir])
     settings = Settings(home=home)
+    coordinator.check_tls(settings)
     given = settings.model_fields_set
     port = wishes.port or (settings.port if "port" in given else None)
     gateway_port = wishes.gateway_port or (settings.gateway_port if "gateway_port" in given else None)
@@ -129,6 +130,7 @@ def _complete(home: Path, state: StackState, say: Say) -> StackState:
         reap(home, part=ray_head.PART, folders=[state.ray.temp_dir])
         ray_process = ray_head.start(state.ray, home)
     if start_coordinator:
+        coordinator.check_tls(Settings(home=home))
         reap(home, part=coordinator.PART)
         _wait_for_port(state.port)
         coordinator_process = coordinator.start(state, home)

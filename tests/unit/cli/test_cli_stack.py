@@ -314,6 +314,39 @@ def test_up_refuses_what_cannot_work(luthier, tmp_path: Path, listener: int) -> 
     assert members(home.resolve()) == []
 
 
+def test_a_coordinator_that_does_not_start_is_quoted_with_its_own_one_line(home: Path) -> None:
+    say = "print('2026 INFO: something'); print('error: the store has schema 4711, and this version knows those up to 0015')"
+    process = spawn([sys.executable, "-c", say], dict(os.environ), home, "coordinator")
+    psutil.wait_procs([psutil.Process(process.pid)], timeout=20)
+    with pytest.raises(Failure) as failure:
+        coordinator.wait_until_serving(some_state(server="127.0.0.1:9"), process, home)
+    assert str(failure.value).startswith("the coordinator did not start: the store has schema 4711, and this version knows those")
+    assert "INFO" not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"LUTHIER_TLS_CERT": "c.pem"}, "is set up for TLS, and `luthier` has to talk to it: set LUTHIER_CA to the file"),
+        (
+            {"LUTHIER_TLS_CERT": "c.pem", "LUTHIER_TLS_CLIENT_CA": "clients.pem", "LUTHIER_CA": "ca.pem"},
+            "is set up for mutual TLS, and `luthier` has to talk to it: set LUTHIER_CERT and LUTHIER_KEY to the files",
+        ),
+        ({"LUTHIER_CA": "ca.pem"}, "LUTHIER_CA is set, and the coordinator is not set up for TLS"),
+        ({"LUTHIER_TLS_CERT": "c.pem", "LUTHIER_CA": "/none.pem"}, "ca (LUTHIER_CA): cannot read /none.pem"),
+    ],
+)
+def test_up_says_at_once_that_it_could_not_talk_to_what_it_would_start(
+    luthier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], said: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    ran = luthier("up", "--home", tmp_path / "h")
+    assert (ran.status, said in ran.stderr) == (2, True), ran.stderr
+    assert not (tmp_path / "h" / "stack.json").exists()
+    assert members((tmp_path / "h").resolve()) == []
+
+
 def test_down_and_doctor_where_nothing_runs(luthier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LUTHIER_SERVER")
     assert luthier("down", "--home", tmp_path / "none", "-o", "json").json["stopped"] == []
