@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sqlite3
+from collections.abc import Iterator
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
@@ -49,6 +51,24 @@ def for_reading(engine: Engine) -> Engine:
     if engine.url.get_backend_name() == "sqlite":
         return engine
     return engine.execution_options(isolation_level="REPEATABLE READ")
+
+
+@contextlib.contextmanager
+def without_foreign_keys(engine: Engine) -> Iterator[Connection]:
+    """A connection on which SQLite does not look at references, so that tables can be rebuilt; it can only be told outside of a
+    transaction. PostgreSQL needs nothing of the kind.
+    """
+    with engine.connect() as connection:
+        if engine.url.get_backend_name() != "sqlite":
+            yield connection
+            return
+        raw: Any = connection.connection.driver_connection
+        raw.execute("PRAGMA foreign_keys=OFF")
+        try:
+            yield connection
+        finally:
+            connection.rollback()
+            raw.execute("PRAGMA foreign_keys=ON")
 
 
 def _sqlite(url: URL) -> Engine:
