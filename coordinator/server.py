@@ -43,6 +43,7 @@ from coordinator.store import tables
 from coordinator.store.database import Store
 from coordinator.store.leader import Leadership
 from coordinator.store.migrate import upgrade
+from coordinator.store.restore import restored
 from coordinator.tls import agent_environment, server_credentials
 from luthier.agent.v1 import agent_pb2, agent_pb2_grpc
 from luthier.v1 import (
@@ -91,7 +92,7 @@ SERVICES = tuple(
 async def serve(settings: Settings) -> None:
     """Run a coordinator until SIGTERM or SIGINT. Raises FailedPrecondition where it cannot start."""
     settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _only_one(settings.home):
+    with only_one(settings.home):
         store = Store(settings.database_url)
         try:
             notifier = Notifier()
@@ -120,7 +121,8 @@ async def _run(
     cluster = RayCluster(settings.ray_address, settings.ray_token_path)
     launcher = Launcher(cluster, settings.advertise or address, settings.agent_python, secret, agent_environment(settings))
     leadership = Leadership(store, settings.advertise or address)
-    reconciler = Reconciler(store, launcher, notifier, leadership)
+    mark = await store.read(restored)
+    reconciler = Reconciler(store, launcher, notifier, leadership, restored=bool(mark))
     deployer = Deployer(store, cluster, notifier, leadership, settings.gateway_host, settings.gateway_port)
     staging = Staging(settings.home / "uploads", settings.max_upload_bytes)
     status = static_status(address, store.kind, deployer.url, settings.ray_address, metrics_address)
@@ -132,9 +134,9 @@ async def _run(
     endpoints = EndpointService(store, notifier, reconciler, deployer)
     endpoint_pb2_grpc.add_EndpointServiceServicer_to_server(endpoints, server)
     schedule_pb2_grpc.add_ScheduleServiceServicer_to_server(ScheduleService(store, notifier, reconciler), server)
-    admin = AdminService(store, notifier, reconciler, leadership, status, lambda: deployer.gateway_state)
+    admin = AdminService(store, notifier, reconciler, leadership, status, lambda: deployer.gateway_state, settings.home)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
-    agent_pb2_grpc.add_AgentServiceServicer_to_server(AgentService(store, notifier, secret, settings.storage), server)
+    agent_pb2_grpc.add_AgentServiceServicer_to_server(AgentService(store, notifier, secret, settings.storage, mark), server)
     healthy = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -191,7 +193,7 @@ def _bind(server: grpc.aio.Server, settings: Settings) -> str:
 
 
 @contextlib.contextmanager
-def _only_one(home: Path) -> Iterator[None]:
+def only_one(home: Path) -> Iterator[None]:
     """Hold the home's lock, so that no two coordinators share a home. The kernel lets go of it however the process ends."""
     with (home / "coordinator.lock").open("w") as lock:
         try:

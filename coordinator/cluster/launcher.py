@@ -15,6 +15,12 @@ def submission_id(uid: str, run: int) -> str:
     return f"luthier-{uid}-r{run}"
 
 
+def run_of_submission(name: str) -> tuple[str, int]:
+    """Job and run of such an id; empty and 0 for one that is not of this form."""
+    uid, _, run = name.removeprefix("luthier-").rpartition("-r")
+    return (uid, int(run)) if name.startswith("luthier-") and run.isdecimal() else ("", 0)
+
+
 class Launcher:
     """Submits runs. The entrypoint holds nothing that a user wrote; what the agent needs travels over gRPC after its claim."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -18,7 +18,7 @@ from sqlmodel import Session, col, select
 
 from common.errors import LuthierError, Unavailable
 from coordinator import metrics
-from coordinator.cluster.launcher import Launcher, submission_id
+from coordinator.cluster.launcher import Launcher, run_of_submission, submission_id
 from coordinator.cluster.ray_cluster import Capacity, Submission
 from coordinator.jobs import records
 from coordinator.jobs.ending import Ended, end_run, latest_checkpoint
@@ -93,8 +93,13 @@ class Queue:
 class Reconciler:
     """Runs in the coordinator's event loop as one task."""
 
-    def __init__(self, store: Store, launcher: Launcher, notifier: Notifier, leadership: Leadership) -> None:
+    def __init__(
+        self, store: Store, launcher: Launcher, notifier: Notifier, leadership: Leadership, restored: bool = False
+    ) -> None:
+        """`restored` says that the records came out of a backup, so that Ray may know of runs that they do not."""
         self._store = store
+        self._restored = restored
+        self._taken: dict[str, int] = {}
         self._leadership = leadership
         self._epoch = leadership.epoch
         self._launcher = launcher
@@ -182,10 +187,10 @@ class Reconciler:
         """Hold back what may start but whose run before is still there: it has told its outcome, and takes its time to leave."""
         starting = [decision.uid for decision in decisions if decision.start]
         before = await self._store.read(lambda session: _runs_before(session, starting)) if starting else []
-        if not before:
+        if not before and not (starting and self._restored):
             return decisions
         submissions = await asyncio.to_thread(self._cluster.submissions)
-        there = set()
+        there = await self._end_unrecorded(starting, submissions) if self._restored else set()
         for run in before:
             submission = submissions.get(run.submission_id)
             if submission is not None and not submission.ended:
@@ -193,6 +198,21 @@ class Reconciler:
                 if run.end_time is not None and now() - run.end_time > LEAVE_GRACE:
                     await self._stop_run(run.submission_id)
         return [each._replace(start=False, reason=LEAVES) if each.uid in there else each for each in decisions]
+
+    async def _end_unrecorded(self, starting: Sequence[str], submissions: Mapping[str, Submission]) -> set[str]:
+        """Note which numbers Ray has seen of jobs that are to start: a store that was restored does not know of those that were
+        begun after its backup, and begins none of them again. What still runs of them is ended; returns whose those are.
+        """
+        recorded = await self._store.read(lambda session: _numbers(session, starting))
+        there = set()
+        for name, submission in submissions.items():
+            uid, run = run_of_submission(name)
+            if run > recorded.get(uid, run):
+                self._taken[uid] = max(run, self._taken.get(uid, 0))
+                if not submission.ended:
+                    there.add(uid)
+                    await self._stop_run(name)
+        return there
 
     async def _preempt(self, preemption: Preemption) -> None:
         def work(session: Session) -> bool:
@@ -217,7 +237,7 @@ class Reconciler:
         self._notifier.notify(*await self._write(lambda session: records.tell_reasons(session, some)))
 
     async def _launch(self, decision: Decision) -> None:
-        job = await self._write(lambda session: _begin_run(session, decision))
+        job = await self._write(lambda session: _begin_run(session, decision, self._taken.get(decision.uid, 0)))
         if job is not None:
             metrics.STARTS.inc()
             self._notifier.notify(job.uid)
@@ -323,11 +343,15 @@ def _runs_before(session: Session, uids: Sequence[str]) -> Sequence[JobRun]:
     return session.exec(query).all()
 
 
-def _begin_run(session: Session, decision: Decision) -> Job | None:
+def _numbers(session: Session, uids: Sequence[str]) -> dict[str, int]:
+    return dict(session.exec(select(Job.uid, Job.run).where(col(Job.uid).in_(uids))).all())
+
+
+def _begin_run(session: Session, decision: Decision, taken: int = 0) -> Job | None:
     job = session.get_one(Job, decision.uid)
     if job.pause_time is not None:
         return None
-    run = job.run + 1
+    run = max(job.run, taken) + 1
     held = shape_of(job.shape, Demand(job.cpus, job.gpus)).total(decision.workers)
     point = latest_checkpoint(session, job)
     moved = records.move(

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from datetime import UTC
 from importlib.metadata import version
+from pathlib import Path
 
 from sqlalchemy import func, tuple_
 from sqlmodel import Session, col, select
@@ -18,6 +19,7 @@ from coordinator.jobs.reconcile import Reconciler
 from coordinator.jobs.tokens import new_key, sha256
 from coordinator.notify import Notifier
 from coordinator.services import paging
+from coordinator.services.backups import BackupCalls
 from coordinator.services.keys import CHANGED
 from coordinator.services.principal import Context, Principal, principal
 from coordinator.services.projects import ProjectCalls, find_project
@@ -28,7 +30,7 @@ from coordinator.store.tables import now
 from luthier.v1 import admin_pb2, admin_pb2_grpc
 
 
-class AdminService(ProjectCalls, admin_pb2_grpc.AdminServiceServicer):
+class AdminService(ProjectCalls, BackupCalls, admin_pb2_grpc.AdminServiceServicer):
     """Translates calls of those who run the stack."""
 
     def __init__(
@@ -39,6 +41,7 @@ class AdminService(ProjectCalls, admin_pb2_grpc.AdminServiceServicer):
         leadership: Leadership,
         status: admin_pb2.GetStatusResponse,
         gateway_state: Callable[[], str],
+        home: Path,
     ) -> None:
         self._store = store
         self._notifier = notifier
@@ -46,6 +49,7 @@ class AdminService(ProjectCalls, admin_pb2_grpc.AdminServiceServicer):
         self._leadership = leadership
         self._status = status
         self._gateway_state = gateway_state
+        self._home = home
 
     async def CreateKey(self, request: admin_pb2.CreateKeyRequest, context: Context) -> admin_pb2.CreateKeyResponse:
         """See admin.proto."""

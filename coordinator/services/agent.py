@@ -25,11 +25,15 @@ RESUME_CHOICES = 3
 class AgentService(agent_pb2_grpc.AgentServiceServicer):
     """Takes claims and reports."""
 
-    def __init__(self, store: Store, notifier: Notifier, stack_secret: str, storage_uri: str) -> None:
+    def __init__(self, store: Store, notifier: Notifier, stack_secret: str, storage_uri: str, restored: str = "") -> None:
+        """`restored` is what the store's latest restore is known by: runs that were begun after its backup are in none of the
+        records, and have folders of the same numbers.
+        """
         self._store = store
         self._notifier = notifier
         self._secret = stack_secret
         self._storage = storage_uri
+        self._suffix = f"-{restored}" if restored else ""
 
     async def ClaimRun(self, request: agent_pb2.ClaimRunRequest, context: Context) -> agent_pb2.ClaimRunResponse:
         """See agent.proto."""
@@ -37,7 +41,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         self._notifier.notify(row.uid)
         response = agent_pb2.ClaimRunResponse(
             job=messages.job(row),
-            run_uri=f"{self._storage}/jobs/{row.uid}/run-{row.run}",
+            run_uri=f"{self._storage}/jobs/{row.uid}/run-{row.run}{self._suffix}",
             storage_uri=self._storage,
             report_interval=REPORT_INTERVAL,
             labels=row.inputs.get("labels", []),

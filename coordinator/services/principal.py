@@ -67,6 +67,7 @@ NEEDS: dict[str, admin_pb2.Role.ValueType] = {
     "/luthier.v1.AdminService/ListProjects": VIEWER,
     "/luthier.v1.AdminService/UpdateProject": OPERATOR,
     "/luthier.v1.AdminService/GetStatus": VIEWER,
+    "/luthier.v1.AdminService/BackupRecords": OPERATOR,
 }
 """The least role for every call that takes a key. A call that is missing here is refused."""
 

@@ -25,6 +25,16 @@ log = logging.getLogger(__name__)
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 
+def known_revisions() -> set[str]:
+    """The revisions that this code knows."""
+    return {script.revision for script in _scripts().walk_revisions()}
+
+
+def bring_to(connection: Connection, revision: str) -> None:
+    """Apply what leads to a revision, in the transaction that is under way on `connection`."""
+    command.upgrade(config(connection), revision)
+
+
 def config(connection: Connection) -> Config:
     """Alembic's settings for this package's migrations on `connection`, whose transaction they share."""
     settings = Config()
@@ -58,8 +68,8 @@ def upgrade(engine: Engine, revision: str = "head") -> None:
                 return
             if present:
                 copy = _prepare(engine, present, wanted)
-            command.upgrade(config(connection), wanted)
-            _check_references(connection)
+            bring_to(connection, wanted)
+            check_references(connection)
     except BaseException as error:
         if copy is not None:
             copy.unlink(missing_ok=True)  # the store itself is still what it was
@@ -82,8 +92,7 @@ def _scripts() -> ScriptDirectory:
 
 
 def _check_known(present: str) -> None:
-    known = {script.revision for script in _scripts().walk_revisions()}
-    if present and present not in known:
+    if present and present not in known_revisions():
         raise FailedPrecondition(
             f"the store has schema {present}, and this version of Luthier ({version('luthier')}) knows those up to {head()}: a"
             " newer version has written it. Start that version or a later one, or use a copy from before the upgrade;"
@@ -149,7 +158,7 @@ def _copy_sqlite(database: Path, copy: Path) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _check_references(connection: Connection) -> None:
+def check_references(connection: Connection) -> None:
     """What SQLite would have looked at on the way, had it not been told to leave references alone."""
     if connection.dialect.name == "sqlite":
         broken = connection.exec_driver_sql("PRAGMA foreign_key_check").first()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -253,3 +254,17 @@ class Admin(Service, admin_pb2_grpc.AdminServiceServicer):
     def GetStatus(self, request: Any, context: Any) -> Any:
         self.fake.enter(context, "GetStatus", request)
         return self.fake.status
+
+    def BackupRecords(self, request: Any, context: Any) -> Iterator[Any]:
+        fake = self.fake
+        fake.enter(context, "BackupRecords", request)
+        yield admin_pb2.BackupRecordsResponse(progress=admin_pb2.BackupProgress(rows=3, total_rows=12))
+        digest = hashlib.sha256(fake.backup).hexdigest()
+        summary = admin_pb2.BackupSummary(size_bytes=len(fake.backup), sha256=digest, schema="0015", without="artifacts and keys")
+        summary.rows.update({"job": 5, "job_event": 7})
+        yield admin_pb2.BackupRecordsResponse(summary=summary)
+        content = fake.backup_sent or fake.backup
+        for start in range(0, len(content), 1 << 19):
+            if start:
+                fake.enter(context, "BackupRecords.chunk", request)
+            yield admin_pb2.BackupRecordsResponse(chunk=content[start : start + (1 << 19)])

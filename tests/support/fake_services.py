@@ -56,6 +56,8 @@ class FakeCoordinator:
     status: admin_pb2.GetStatusResponse = field(default_factory=admin_pb2.GetStatusResponse)
     calls: list[Recorded] = field(default_factory=list)
     uploads: dict[str, bytes] = field(default_factory=dict)
+    backup: bytes = b""
+    backup_sent: bytes = b""
     cut_streams_after: deque[int] = field(default_factory=deque)
     gateway_url: str = "http://127.0.0.1:8000/v1"
 

@@ -13,6 +13,7 @@ from typing import Self, TypeVar
 import grpc
 from google.protobuf.field_mask_pb2 import FieldMask
 
+from luthier.client.backups import BackupProgress, receive
 from luthier.client.channel import open_channel
 from luthier.client.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from luthier.client.names import full_name, full_version
@@ -392,6 +393,13 @@ class Client:
     def status(self) -> admin_pb2.GetStatusResponse:
         """What the coordinator is and what it is connected to."""
         return self.admin.GetStatus(admin_pb2.GetStatusRequest())
+
+    def backup(self, path: Path | str, progress: BackupProgress | None = None) -> admin_pb2.BackupSummary:
+        """Write all records of all projects to a new file, readable by its owner only, and return what it holds. For operators.
+
+        They are as they were at one moment; everything goes on meanwhile. `python -m coordinator restore` puts them back.
+        """
+        return receive(self.admin.BackupRecords(admin_pb2.BackupRecordsRequest()), Path(path), progress)
 
     def get_project(self, name: str = "") -> admin_pb2.Project:
         """Return a project with what it holds and has spent; this client's own where no name is given."""

@@ -75,6 +75,11 @@ class AdminServiceStub:
                 request_serializer=luthier_dot_v1_dot_admin__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=luthier_dot_v1_dot_admin__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.BackupRecords = channel.unary_stream(
+                '/luthier.v1.AdminService/BackupRecords',
+                request_serializer=luthier_dot_v1_dot_admin__pb2.BackupRecordsRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_admin__pb2.BackupRecordsResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -137,6 +142,15 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def BackupRecords(self, request, context):
+        """BackupRecords streams a backup of all records of all projects, as they are at one moment, while everything goes on. It holds no
+        artifacts, but hashes of keys and the secret that runs prove themselves by: keep it as safe as the store. For operators, one at a
+        time (RESOURCE_EXHAUSTED). `luthier restore` puts it into an empty store, SQLite or PostgreSQL, wherever it came from.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -179,6 +193,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=luthier_dot_v1_dot_admin__pb2.GetStatusRequest.FromString,
                     response_serializer=luthier_dot_v1_dot_admin__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'BackupRecords': grpc.unary_stream_rpc_method_handler(
+                    servicer.BackupRecords,
+                    request_deserializer=luthier_dot_v1_dot_admin__pb2.BackupRecordsRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_admin__pb2.BackupRecordsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -398,6 +417,33 @@ class AdminService:
             '/luthier.v1.AdminService/GetStatus',
             luthier_dot_v1_dot_admin__pb2.GetStatusRequest.SerializeToString,
             luthier_dot_v1_dot_admin__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BackupRecords(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/luthier.v1.AdminService/BackupRecords',
+            luthier_dot_v1_dot_admin__pb2.BackupRecordsRequest.SerializeToString,
+            luthier_dot_v1_dot_admin__pb2.BackupRecordsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,6 +49,11 @@ class AdminServiceStub:
     """UpdateProject changes a project's display name, share, quota, limit or budget. For operators."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.GetStatusResponse]
     """GetStatus tells what the coordinator is and what it is connected to."""
+    BackupRecords: _grpc.UnaryStreamMultiCallable[_admin_pb2.BackupRecordsRequest, _admin_pb2.BackupRecordsResponse]
+    """BackupRecords streams a backup of all records of all projects, as they are at one moment, while everything goes on. It holds no
+    artifacts, but hashes of keys and the secret that runs prove themselves by: keep it as safe as the store. For operators, one at a
+    time (RESOURCE_EXHAUSTED). `luthier restore` puts it into an empty store, SQLite or PostgreSQL, wherever it came from.
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -71,6 +76,11 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """UpdateProject changes a project's display name, share, quota, limit or budget. For operators."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.GetStatusResponse]  # type: ignore[assignment]
     """GetStatus tells what the coordinator is and what it is connected to."""
+    BackupRecords: _aio.UnaryStreamMultiCallable[_admin_pb2.BackupRecordsRequest, _admin_pb2.BackupRecordsResponse]  # type: ignore[assignment]
+    """BackupRecords streams a backup of all records of all projects, as they are at one moment, while everything goes on. It holds no
+    artifacts, but hashes of keys and the secret that runs prove themselves by: keep it as safe as the store. For operators, one at a
+    time (RESOURCE_EXHAUSTED). `luthier restore` puts it into an empty store, SQLite or PostgreSQL, wherever it came from.
+    """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """AdminService is for those who run the stack."""
@@ -138,5 +148,16 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.GetStatusResponse, _abc.Awaitable[_admin_pb2.GetStatusResponse]]:
         """GetStatus tells what the coordinator is and what it is connected to."""
+
+    @_abc_1.abstractmethod
+    def BackupRecords(
+        self,
+        request: _admin_pb2.BackupRecordsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.BackupRecordsResponse], _abc.AsyncIterator[_admin_pb2.BackupRecordsResponse]]:
+        """BackupRecords streams a backup of all records of all projects, as they are at one moment, while everything goes on. It holds no
+        artifacts, but hashes of keys and the secret that runs prove themselves by: keep it as safe as the store. For operators, one at a
+        time (RESOURCE_EXHAUSTED). `luthier restore` puts it into an empty store, SQLite or PostgreSQL, wherever it came from.
+        """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -72,13 +72,14 @@ TAKES: dict[str, tuple[str, str] | None] = {
     "RevokeKey": ("name", "projects/{project}/keys/key-of-theirs"),
     "GetProject": ("name", PARENT),
     "UpdateProject": ("project.name", PARENT),
-    # These name nothing: projects are made and listed by whoever may, and the status is the stack's.
+    # These name nothing: projects are made and listed by whoever may, and the status and the backup are the stack's.
     "CreateProject": None,
     "ListProjects": None,
     "GetStatus": None,
+    "BackupRecords": None,
 }
 NAMED = [method for method in METHODS if TAKES.get(method.name)]
-FOR_OPERATORS = {"CreateProject", "UpdateProject"}
+FOR_OPERATORS = {"CreateProject", "UpdateProject", "BackupRecords"}
 # These end what the tests of the other calls look at; one test calls them at the end.
 ENDING = {"CancelJob", "RevokeKey", "DeleteEndpoint", "DeleteJob", "DeleteDatasetVersion", "DeleteModelVersion", "DeleteSchedule"}
 # What makes the call a good one apart from its name, so that nothing else can be what is refused.

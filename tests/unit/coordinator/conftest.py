@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from coordinator.jobs.resolve import Resolved
 from coordinator.jobs.resources import fill_in
 from coordinator.notify import Notifier
 from coordinator.server import seed
+from coordinator.store import migrate
 from coordinator.store.database import Store
 from coordinator.store.leader import Leadership
 from coordinator.store.migrate import upgrade
@@ -84,3 +86,35 @@ def files(tmp_path: Path) -> Bytes:
 @pytest.fixture
 def collector(store: Store, leadership: Leadership, files: Bytes) -> Collector:
     return Collector(store, Notifier(), leadership, files.root, Retention())
+
+
+STEP = '''
+"""a step that is not there yet."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision, down_revision, branch_labels, depends_on = "{revision}", "{before}", None, None
+
+
+def upgrade() -> None:
+    {body}
+'''
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Let this version know further migrations, each a body; the last one's revision is `next_N`."""
+    folder = tmp_path / "migrations"
+    shutil.copytree(migrate.MIGRATIONS, folder)
+
+    def make(*bodies: str) -> None:
+        before = migrate.head()
+        for number, body in enumerate(bodies, start=1):
+            revision = f"next_{number}"
+            text = STEP.format(revision=revision, before=before, body=body.strip())
+            (folder / "versions" / f"{revision}.py").write_text(text)
+            before = revision
+        monkeypatch.setattr(migrate, "MIGRATIONS", folder)
+
+    return make

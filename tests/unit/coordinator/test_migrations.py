@@ -2,68 +2,32 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import JSON, DateTime, Engine, MetaData, Table, insert, select
-from sqlalchemy.types import Float, Integer, TypeEngine
+from sqlalchemy import Engine
 
 from common.errors import FailedPrecondition, Internal
 from coordinator.store import migrate
 from coordinator.store.engines import for_writing, make_engine
 from coordinator.store.migrate import upgrade
-
-MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+from tests.support.some_rows import MOMENT, add, empty_database, rows, tables_of
+from tests.support.some_rows import everything as contents
 
 
 @pytest.fixture
-def engine(request: pytest.FixtureRequest, tmp_path: Any) -> Iterator[Engine]:
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
     """An empty database, unlike what the other tests get."""
-    if request.param == "postgresql":
-        server = request.getfixturevalue("postgres")
-        name = server.database()
-        engine = make_engine(server.url(name))
-        yield engine
-        engine.dispose()
-        server.drop(name)
-    else:
-        engine = make_engine(f"sqlite:///{tmp_path / 'records.db'}")
+    with empty_database(request, request.param, tmp_path) as url:
+        engine = make_engine(url)
         yield engine
         engine.dispose()
 
 
 both = pytest.mark.parametrize("engine", ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)], indirect=True)
-
-
-def tables_of(engine: Engine) -> list[Table]:
-    found = MetaData()
-    found.reflect(engine)
-    return [table for table in found.sorted_tables if table.name != "alembic_version"]
-
-
-def some(kind: TypeEngine[Any]) -> Any:
-    """A value of a column's type; the same everywhere, so that references lead somewhere."""
-    if isinstance(kind, DateTime):
-        return MOMENT
-    if isinstance(kind, JSON):
-        return {"kept": [1]}
-    return 7 if isinstance(kind, Integer | Float) else "x"
-
-
-def add(engine: Engine, table: Table, **values: Any) -> None:
-    row = {column.name: some(column.type) for column in table.columns if not column.nullable or column.primary_key}
-    with for_writing(engine).begin() as connection:
-        connection.execute(insert(table), row | values)
-
-
-def rows(engine: Engine, table: Table) -> list[dict[str, Any]]:
-    with engine.connect() as connection:
-        return [dict(row) for row in connection.execute(select(table)).mappings()]
 
 
 @both
@@ -101,19 +65,6 @@ def test_events_that_are_there_are_numbered_within_their_project(engine: Engine)
     assert {row["id"]: row["event_sequence"] for row in rows(engine, tables["project"])} == {"a": 4, "b": 2, "empty": 0}
 
 
-STEP = '''
-"""a step that is not there yet."""
-
-import sqlalchemy as sa
-from alembic import op
-
-revision, down_revision, branch_labels, depends_on = "{revision}", "{before}", None, None
-
-
-def upgrade() -> None:
-    {body}
-'''
-
 WIDENS = """
     rebuilt = "always" if op.get_bind().dialect.name == "sqlite" else "never"
     with op.batch_alter_table("project", recreate=rebuilt) as batch:
@@ -130,31 +81,9 @@ ORPHANS = """
 """
 
 
-@pytest.fixture
-def later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
-    """Let this version know further migrations, each a body; the last one's revision is `next_N`."""
-    folder = tmp_path / "migrations"
-    shutil.copytree(migrate.MIGRATIONS, folder)
-
-    def make(*bodies: str) -> None:
-        before = migrate.head()
-        for number, body in enumerate(bodies, start=1):
-            revision = f"next_{number}"
-            text = STEP.format(revision=revision, before=before, body=body.strip())
-            (folder / "versions" / f"{revision}.py").write_text(text)
-            before = revision
-        monkeypatch.setattr(migrate, "MIGRATIONS", folder)
-
-    return make
-
-
 def everything(engine: Engine) -> dict[str, Any]:
-    """Columns and rows of every table, and the revision."""
-    with engine.connect() as connection:
-        revision = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
-    return {"revision": revision} | {
-        table.name: ([column.name for column in table.columns], rows(engine, table)) for table in tables_of(engine)
-    }
+    """All that is in a database."""
+    return contents(engine.url.render_as_string(hide_password=False))
 
 
 def filled(engine: Engine) -> dict[str, Any]:
