@@ -9,11 +9,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from types import FrameType
 
 from agents.failures import RunCancelled, outcome_of
 from agents.link import Link, claim, install_logging
+from agents.trail import Trail
+from common import tracing
 from common.errors import InvalidArgument, LuthierError
 from luthier.agent.v1 import agent_pb2
 
@@ -44,17 +47,23 @@ def main() -> int:
     # The token is spent; nothing that this process starts needs to see it.
     os.environ.pop("LUTHIER_CLAIM_TOKEN", None)
     install_logging(link)
+    who: dict[str, str | int] = {"luthier.job.uid": job_uid, "luthier.run": run}
+    trail = link.trail = Trail("luthier-agent", f"run {response.job.WhichOneof('spec')}", response.trace_parent, **who)
+    link.config = replace(link.config, trace_parent=trail.traceparent)  # for the processes that this one starts
     done = threading.Event()
     hurry = _listen_for_signals(link)
     grace = float(os.environ.get("LUTHIER_GRACE_SECONDS", GRACE_SECONDS))
     threading.Thread(target=_enforce_wish, args=(link, done, hurry, grace), name="luthier-wish", daemon=True).start()
     outcome = carry_out(link, response)
     done.set()
+    trail.end(outcome.error.code)
     try:
         link.outcome(outcome)
     except LuthierError as error:
         sys.stderr.write(f"error: {error.message}\n")
         return 1
+    finally:
+        tracing.stop()
     link.close()
     return 0
 
@@ -125,6 +134,9 @@ def _enforce_wish(link: Link, done: threading.Event, hurry: threading.Event, gra
     watchdog.daemon = True
     watchdog.start()
     link.outcome(outcome_of(RunCancelled(link.wish_reason)))
+    if link.trail is not None:
+        link.trail.end("CANCELLED")
+        tracing.stop()
     sys.stdout.flush()
     time.sleep(0.1)
     os._exit(0)

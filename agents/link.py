@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -22,7 +22,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from agents.channel import open_channel
 from agents.spool import Spool
+from agents.trail import Trail
 from common.errors import FailedPrecondition
+from common.tracing import HEADER
 from luthier.agent.v1 import agent_pb2, agent_pb2_grpc
 from luthier.v1 import job_pb2, sweep_pb2, training_pb2
 
@@ -35,6 +37,8 @@ _STALE = (
     grpc.StatusCode.UNAUTHENTICATED,
     grpc.StatusCode.NOT_FOUND,
 )
+
+CHATTER = frozenset({"progress", "metrics", "log", "standing"})
 
 OUR_LOGGERS = ("agents", "common", "serving", "luthier", "__main__")
 # Never forwarded to the coordinator: the link must not report on its own failures to report.
@@ -50,6 +54,8 @@ class LinkConfig:
     run: int
     session_secret: str
     interval: float = 1.0
+    # W3C traceparent that what the process does belongs to; empty where nobody traces.
+    trace_parent: str = ""
 
     def __repr__(self) -> str:
         return f"LinkConfig({self.address}, {self.job_uid}, run {self.run})"
@@ -78,7 +84,7 @@ def claim(
                         f"run {run} of job {job_uid} could not be claimed at {address}: {code.name}: {details}", "CLAIM_REFUSED"
                     ) from error
             backoff = _sleep(backoff)
-    config = LinkConfig(address, job_uid, run, secret, response.report_interval or 1.0)
+    config = LinkConfig(address, job_uid, run, secret, response.report_interval or 1.0, response.trace_parent)
     return Link(config, "driver"), response
 
 
@@ -95,7 +101,7 @@ class Link:
     `wish` is what the coordinator wants of the run and `wish_reason` why; `wished` is set once it wants the run to end. A run may
     be told to pause, to finish early, and to end after all: the strongest counts. Where the coordinator refuses the run as stale,
     nothing more is sent and `on_stale` is called from the link's thread. Where there is nothing to report, the link calls every
-    `heartbeat` seconds all the same.
+    `heartbeat` seconds all the same. Its `trail`, where it has one, hears of the phases.
     """
 
     def __init__(
@@ -103,6 +109,7 @@ class Link:
     ) -> None:
         self.config = config
         self.source = source
+        self.trail: Trail | None = None
         self.wished = threading.Event()
         self.wish: agent_pb2.Wish.ValueType = agent_pb2.WISH_UNSPECIFIED
         self.wish_reason: job_pb2.EndReason.ValueType = job_pb2.END_REASON_UNSPECIFIED
@@ -129,6 +136,8 @@ class Link:
 
     def phase(self, phase: str, message: str = "") -> None:
         """A new phase begins: a word (`training`), and a line for people."""
+        if self.trail is not None:
+            self.trail.phase(phase)
         self._put(agent_pb2.Report(phase=agent_pb2.PhaseReport(phase=phase, message=message)), urgent=True)
 
     def progress(self, progress: job_pb2.Progress) -> None:
@@ -285,7 +294,13 @@ class Link:
             session_secret=self.config.session_secret,
             reports=reports,
         )
-        return self._stub.Report(request, timeout=CALL_TIMEOUT)
+        return self._stub.Report(request, timeout=CALL_TIMEOUT, metadata=self._trace(reports))
+
+    def _trace(self, reports: Sequence[agent_pb2.Report]) -> tuple[tuple[str, str], ...]:
+        """Has the coordinator count a call to the run's trace, unless all it holds is what a run says all the time."""
+        if self.trail is None or not self.trail.traceparent or all(report.WhichOneof("body") in CHATTER for report in reports):
+            return ()
+        return ((HEADER, self.trail.traceparent),)
 
     def _acknowledge(self, response: agent_pb2.ReportResponse) -> None:
         with self._state:

@@ -55,6 +55,12 @@ class Settings(BaseSettings):
     metrics_port: int | None = Field(
         None, ge=0, le=65535, description="Port of the metrics; 0 picks a free one, and there are none if it is absent."
     )
+    otlp_endpoint: str = Field(
+        "", description="Collector that traces go to, by OTLP over gRPC (http://host:4317); there are no traces if empty."
+    )
+    trace_sample_ratio: float = Field(
+        1.0, ge=0, le=1, description="Part of the traces kept of those that begin here; a caller's own are kept if he keeps them."
+    )
     local_bases: bool = Field(True, description="Whether admins may name base models by absolute path on the cluster.")
     checkpoint_days: float = Field(
         7.0, ge=0, description="Days after which the checkpoints of a job that succeeded and registered its model are deleted."

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from common import tracing
 from common.errors import InvalidArgument, LuthierError
 from common.settings import Settings
 from coordinator.offline import back_up, put_back
@@ -29,7 +30,9 @@ def main(arguments: Sequence[str] = ()) -> int:
     what.add_parser("restore", help="put such a file into an empty store").add_argument("file", type=Path)
     asked = parser.parse_args(arguments)
     gc.set_threshold(*GARBAGE_THRESHOLDS)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s%(trace)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_add_trace)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
         settings = Settings()
@@ -49,6 +52,13 @@ def main(arguments: Sequence[str] = ()) -> int:
         print(f"error: {error.message}", file=sys.stderr)
         return 2 if isinstance(error, InvalidArgument) else 1
     return 0
+
+
+def _add_trace(record: logging.LogRecord) -> bool:
+    """Let a line say which trace it belongs to, if any."""
+    found = tracing.trace_id()
+    record.trace = f" [trace {found}]" if found else ""
+    return True
 
 
 if __name__ == "__main__":

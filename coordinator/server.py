@@ -16,6 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from sqlmodel import Session, select
 
+from common import tracing
 from common.errors import FailedPrecondition
 from common.settings import Settings
 from coordinator import metrics
@@ -92,7 +93,7 @@ SERVICES = tuple(
 async def serve(settings: Settings) -> None:
     """Run a coordinator until SIGTERM or SIGINT. Raises FailedPrecondition where it cannot start."""
     settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with only_one(settings.home):
+    with only_one(settings.home), _traced(settings):
         store = Store(settings.database_url)
         try:
             notifier = Notifier()
@@ -119,11 +120,13 @@ async def _run(
 ) -> None:
     secret = await store.write(lambda session: seed(session, settings.home))
     cluster = RayCluster(settings.ray_address, settings.ray_token_path)
-    launcher = Launcher(cluster, settings.advertise or address, settings.agent_python, secret, agent_environment(settings))
+    traces = tracing.environment(settings.otlp_endpoint, settings.trace_sample_ratio)
+    environment = agent_environment(settings) | traces
+    launcher = Launcher(cluster, settings.advertise or address, settings.agent_python, secret, environment)
     leadership = Leadership(store, settings.advertise or address)
     mark = await store.read(restored)
     reconciler = Reconciler(store, launcher, notifier, leadership, restored=bool(mark))
-    deployer = Deployer(store, cluster, notifier, leadership, settings.gateway_host, settings.gateway_port)
+    deployer = Deployer(store, cluster, notifier, leadership, settings.gateway_host, settings.gateway_port, traces)
     staging = Staging(settings.home / "uploads", settings.max_upload_bytes)
     status = static_status(address, store.kind, deployer.url, settings.ray_address, metrics_address)
     _watch(leadership, reconciler)
@@ -163,6 +166,17 @@ async def _run(
         loop.cancel()
     await asyncio.gather(*loops, return_exceptions=True)
     await asyncio.to_thread(leadership.stop)
+
+
+@contextlib.contextmanager
+def _traced(settings: Settings) -> Iterator[None]:
+    """Send traces where the settings say to, and what is left of them at the end."""
+    if settings.otlp_endpoint:
+        tracing.start("luthier-coordinator", settings.otlp_endpoint, settings.trace_sample_ratio)
+    try:
+        yield
+    finally:
+        tracing.stop()
 
 
 def _watch(leadership: Leadership, reconciler: Reconciler) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
+from common import tracing
 from serving.gateway.backend import ServeBackend
 from serving.gateway.http import GatewayState, create_app
 from serving.gateway.snapshot import Snapshot
@@ -19,6 +20,7 @@ class Gateway:
     """The ingress of the stack. Its snapshot arrives as Serve's user_config, without a restart."""
 
     def __init__(self, args: GatewayArgs) -> None:
+        tracing.start_from_environment("luthier-gateway")
         self._backend = ServeBackend()
         self._state = GatewayState(args, self._backend)
 

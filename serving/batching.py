@@ -7,6 +7,7 @@ import queue
 import threading
 from collections.abc import Callable
 
+from common import tracing
 from common.errors import LuthierError
 from serving.engines.base import Completion, Engine, Request
 
@@ -73,15 +74,21 @@ class Batcher:
         return batch
 
     def _run(self, batch: list[tuple[Request, Done]]) -> None:
+        spans = [tracing.begin("engine", request.trace_parent, luthier__batch=len(batch)) for request, _ in batch]
         try:
             completions = self._engine.run([request for request, _ in batch])
         except BaseException as error:
+            for span in spans:
+                tracing.failed(span, type(error).__name__)
             if not isinstance(error, LuthierError):
                 self._failures += 1
                 logger.exception("the engine failed on a batch of %d", len(batch))
             for _, done in batch:
                 done(error)
             return
+        finally:
+            for span in spans:
+                span.end()
         self._failures = 0
         for (_, done), completion in zip(batch, completions, strict=True):
             done(completion)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
-from common import manifest
+from opentelemetry.trace import SpanKind
+
+from common import manifest, tracing
 from common.errors import Internal, InvalidArgument, LuthierError, Unavailable
 from serving.batching import Batcher
 from serving.engines import Completion, Engine, Request, load_engine
@@ -17,6 +20,7 @@ class ModelReplica:
     """Fetches its model into the node's cache, loads it, and answers the gateway."""
 
     def __init__(self, args: ModelArgs) -> None:
+        tracing.start_from_environment("luthier-replica")
         import torch
         from transformers.utils import logging as transformers_logging
 
@@ -36,7 +40,13 @@ class ModelReplica:
 
     async def complete(self, ask: Ask) -> list[Completion]:
         """Answer in one piece. Cancelling the call ends the generation."""
-        requests = await asyncio.to_thread(self._requests, ask)
+        with tracing.span("replica", ask.trace_parent, SpanKind.SERVER) as span:
+            completions = await self._complete(ask, tracing.traceparent(span))
+            span.set_attribute("luthier.tokens", sum(completion.completion_tokens for completion in completions))
+            return completions
+
+    async def _complete(self, ask: Ask, trace_parent: str) -> list[Completion]:
+        requests = await asyncio.to_thread(self._requests, ask, trace_parent)
         loop = asyncio.get_running_loop()
         answers: list[asyncio.Future[Completion]] = []
         try:
@@ -51,7 +61,21 @@ class ModelReplica:
 
     async def stream(self, ask: Ask) -> AsyncIterator[Event]:
         """Answer as it comes: Started, then texts, then the Completion. Closing or cancelling ends the generation."""
-        ((request, prompt_tokens),) = await asyncio.to_thread(self._requests, ask)
+        span = tracing.begin("replica", ask.trace_parent, SpanKind.SERVER)
+        try:
+            async with contextlib.aclosing(self._stream(ask, tracing.traceparent(span))) as events:
+                async for event in events:
+                    if isinstance(event, Completion):
+                        span.set_attribute("luthier.tokens", event.completion_tokens)
+                    yield event
+        except LuthierError as error:
+            tracing.failed(span, error.reason)
+            raise
+        finally:
+            span.end()
+
+    async def _stream(self, ask: Ask, trace_parent: str) -> AsyncGenerator[Event]:
+        ((request, prompt_tokens),) = await asyncio.to_thread(self._requests, ask, trace_parent)
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[str | Completion | BaseException] = asyncio.Queue()
 
@@ -73,12 +97,12 @@ class ModelReplica:
         finally:
             request.cancel.set()
 
-    def _requests(self, ask: Ask) -> list[tuple[Request, int]]:
+    def _requests(self, ask: Ask, trace_parent: str) -> list[tuple[Request, int]]:
         """Render and check, so that what is wrong with a request is said before it waits in a batch."""
         prompts = [self._engine.render(ask.messages)] if ask.messages else list(ask.prompts)
         if not prompts:
             raise InvalidArgument("there is nothing to complete")
-        return [(Request(prompt, ask.params), self._engine.check(prompt)) for prompt in prompts]
+        return [(Request(prompt, ask.params, trace_parent=trace_parent), self._engine.check(prompt)) for prompt in prompts]
 
     def __del__(self) -> None:
         batcher = getattr(self, "_batcher", None)

@@ -15,6 +15,8 @@ class Ask:
     params: SamplingParams
     messages: tuple[dict[str, str], ...] = ()
     prompts: tuple[str, ...] = ()
+    # W3C traceparent of the request; empty where nobody traces.
+    trace_parent: str = ""
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from agents.failures import RunCancelled, RunFailed, is_peer_loss, job_error_of
 from agents.link import Link, LinkConfig, install_logging
+from agents.trail import Trail
 from agents.training import environment
 from agents.training.config import TrainConfig
 from agents.training.context import TrainContext, TrainedModel, TrialReports, Wish
 from agents.training.scratch import scratch_folder
 from agents.training.watch import Watch, watched
-from common import manifest, storage
+from common import manifest, storage, tracing
 from common.errors import LuthierError
 from luthier.agent.v1 import agent_pb2
 from luthier.v1 import training_pb2
@@ -115,17 +116,22 @@ def train_worker(
     # Only rank 0 has to hear of a wish soon.
     link = Link(payload.link, payload.source(rank), heartbeat=1.0 if rank == 0 else QUIET_SECONDS)
     install_logging(link)
+    source, failure = payload.source(rank), ""
+    who = {"luthier.job.uid": payload.link.job_uid, "luthier.run": payload.link.run}
+    link.trail = Trail("luthier-rank", source, payload.link.trace_parent, **who)
     watch, unwatch = watched(link, payload.hang_seconds)
     try:
         result = _train(payload, link, watch, rank, world_size, node or socket.gethostname(), report)
         if not link.flush(OUTAGE_SECONDS):
-            logger.warning("the coordinator was away for too long: the last reports of %s are lost", payload.source(rank))
+            logger.warning("the coordinator was away for too long: the last reports of %s are lost", source)
         return result
     except RunCancelled:
+        failure = "CANCELLED"
         raise
     except BaseException as error:
-        cause = job_error_of(error, payload.source(rank), TRAINING_ERROR)
-        logger.error("%s failed: %s", payload.source(rank), cause.message)
+        cause = job_error_of(error, source, TRAINING_ERROR)
+        failure = cause.code
+        logger.error("%s failed: %s", source, cause.message)
         if not is_peer_loss(cause):
             # That another rank went away is no cause. The rank that went tells it, or the driver where it could not.
             link.failure(cause)
@@ -133,7 +139,9 @@ def train_worker(
         raise RunFailed.of(cause) from error
     finally:
         unwatch()
+        link.trail.end(failure)
         link.close()
+        tracing.flush()
 
 
 def _train(

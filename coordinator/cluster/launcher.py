@@ -30,10 +30,11 @@ class Launcher:
         coordinator_address: str,
         agent_python: str,
         stack_secret: str,
-        tls_environment: Mapping[str, str] | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
+        """`environment` is what else agents find in theirs: paths of files and addresses, nothing secret."""
         self.cluster = cluster
-        self._tls = dict(tls_environment or {})
+        self._environment = dict(environment or {})
         self._address = coordinator_address
         self._entrypoint = f"{shlex.quote(agent_python)} -m agents"
         self._secret = stack_secret
@@ -47,6 +48,6 @@ class Launcher:
             "LUTHIER_CLAIM_TOKEN": claim_token(self._secret, job.uid, job.run),
             "RAY_JOB_STOP_SIGNAL": "SIGINT",
             "RAY_JOB_STOP_WAIT_TIME_S": "30",
-            **self._tls,
+            **self._environment,
         }
         return self.cluster.submit(submission_id(job.uid, job.run), self._entrypoint, environment)

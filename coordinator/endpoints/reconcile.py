@@ -65,8 +65,16 @@ class Deployer:
     """
 
     def __init__(
-        self, store: Store, cluster: RayCluster, notifier: Notifier, leadership: Leadership, host: str, port: int
+        self,
+        store: Store,
+        cluster: RayCluster,
+        notifier: Notifier,
+        leadership: Leadership,
+        host: str,
+        port: int,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
+        """`environment` is what the gateway and all replicas find in theirs."""
         self._store = store
         self._leadership = leadership
         self._epoch = leadership.epoch
@@ -74,7 +82,7 @@ class Deployer:
         self._idle = IDLE_PERIOD if store.kind == "sqlite" else PERIOD
         self._cluster = cluster
         self._notifier = notifier
-        self._gateway = GatewaySpec(host=host, port=port)
+        self._gateway = GatewaySpec(host=host, port=port, runtime_env={"env_vars": dict(environment)} if environment else {})
         self._sent = ""
         self._announced: frozenset[str] = frozenset()
         self.url = f"http://{'127.0.0.1' if host in ('', '0.0.0.0') else host}:{port}/v1"  # noqa: S104 (a comparison)

@@ -10,6 +10,7 @@ from typing import Any
 
 from sqlmodel import Session, col, select
 
+from common import tracing
 from common.errors import AlreadyExists, InvalidArgument, Violation
 from common.names import parse
 from coordinator import messages
@@ -36,6 +37,8 @@ class Request:
     request_id: str
     sha256: str
     body: dict[str, Any]
+    # Of the call; another call of the same identity may well have another.
+    trace_parent: str = ""
 
 
 def request_of(project: str, creator: str, request: job_pb2.CreateJobRequest) -> Request:
@@ -45,7 +48,7 @@ def request_of(project: str, creator: str, request: job_pb2.CreateJobRequest) ->
     for name in messages.OUTPUT_ONLY:
         body.ClearField(name)
     digest = hashlib.sha256(body.SerializeToString(deterministic=True)).hexdigest()
-    return Request(project, creator, request.request_id, digest, messages.document(body))
+    return Request(project, creator, request.request_id, digest, messages.document(body), tracing.traceparent())
 
 
 def earlier(session: Session, request: Request) -> tables.Job | None:
@@ -122,6 +125,7 @@ def columns(request: Request, job: job_pb2.Job, resolved: Resolved) -> dict[str,
         "request_id": request.request_id or None,
         "request_sha256": request.sha256,
         "creator": request.creator,
+        "trace_parent": request.trace_parent,
         "state": State.QUEUED.value,
         "sequence": 1,
         "create_time": moment,

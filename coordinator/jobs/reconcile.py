@@ -14,8 +14,10 @@ from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
+from opentelemetry.trace import SpanKind
 from sqlmodel import Session, col, select
 
+from common import tracing
 from common.errors import LuthierError, Unavailable
 from coordinator import metrics
 from coordinator.cluster.launcher import Launcher, run_of_submission, submission_id
@@ -244,14 +246,17 @@ class Reconciler:
             await self._submit(job)
 
     async def _submit(self, job: Job) -> None:
-        try:
-            await asyncio.to_thread(self._launcher.launch, job)
-        except Unavailable as error:
-            if now() - job.update_time > SUBMIT_DEADLINE:
-                failure = {"code": "LAUNCH_FAILED", "message": f"Ray did not take the job: {error.message}"}
-                await self._end(job, State.FAILED, EndReason.LAUNCH_FAILED, failure)
-            else:
-                log.warning("run %s of %s is not submitted yet: %s", job.run, job.job_id, error)
+        who = {"luthier.project": job.project_id, "luthier.job": job.job_id, "luthier.run": job.run}
+        with tracing.span("launch", job.trace_parent, SpanKind.PRODUCER, **who) as launch:
+            try:
+                await asyncio.to_thread(self._launcher.launch, job)
+            except Unavailable as error:
+                tracing.failed(launch, error.reason)
+                if now() - job.update_time > SUBMIT_DEADLINE:
+                    failure = {"code": "LAUNCH_FAILED", "message": f"Ray did not take the job: {error.message}"}
+                    await self._end(job, State.FAILED, EndReason.LAUNCH_FAILED, failure)
+                else:
+                    log.warning("run %s of %s is not submitted yet: %s", job.run, job.job_id, error)
 
     async def _observe(self) -> None:
         running = await self._store.read(active)

@@ -45,6 +45,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
             storage_uri=self._storage,
             report_interval=REPORT_INTERVAL,
             labels=row.inputs.get("labels", []),
+            trace_parent=row.trace_parent,
         )
         points = await self._store.read(lambda session: checkpoints(session, row, RESUME_CHOICES))
         response.resume_from.extend(messages.checkpoint(row, point) for point in points)

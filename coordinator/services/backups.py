@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from common.errors import ResourceExhausted
 from coordinator.services.principal import Context
-from coordinator.store.backup import Manifest, dump
+from coordinator.store.backup import Manifest, dump, sha256_of
 from coordinator.store.database import Store
 from coordinator.store.faults import is_fault, unreadable
 from luthier.v1 import admin_pb2
@@ -98,10 +97,9 @@ class _Reading:
 
 
 def _summary(file: IO[bytes], manifest: Manifest) -> admin_pb2.BackupSummary:
-    file.seek(0)
-    digest = hashlib.file_digest(file, "sha256")
+    size = file.seek(0, 2)
     summary = admin_pb2.BackupSummary(
-        size_bytes=file.tell(), sha256=digest.hexdigest(), schema=manifest.schema, without=manifest.without
+        size_bytes=size, sha256=sha256_of(file, size), schema=manifest.schema, without=manifest.without
     )
     summary.time.FromJsonString(manifest.time)
     summary.rows.update({name: part.rows for name, part in manifest.parts.items()})

@@ -18,6 +18,7 @@ from common.errors import Internal, LuthierError, PermissionDenied, Unauthentica
 from coordinator import metrics
 from coordinator.services.keys import Keys
 from coordinator.services.principal import NEEDS, OPEN, VIEWER, Context, current
+from coordinator.services.traced import Traced
 from luthier.v1 import admin_pb2
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class Guard(grpc.aio.ServerInterceptor):
         handling = metrics.HANDLING.labels(method)
 
         async def call(request: Any, context: Context) -> Any:
-            with handling.time(), _counted(method):
+            with handling.time(), _counted(method, Traced(method, context, attached=True)):
                 try:
                     await self._admit(method, context)
                     return await behaviour(request, context)
@@ -101,7 +102,8 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def _stream(self, behaviour: Callable[..., Any], method: str) -> Callable[..., AsyncIterator[Any]]:
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
-            with metrics.STREAMS.labels(method).track_inprogress(), _counted(method):
+            traced = Traced(method, context, attached=False)
+            with metrics.STREAMS.labels(method).track_inprogress(), _counted(method, traced):
                 try:
                     await self._admit(method, context)
                     async for response in behaviour(request, context):
@@ -113,8 +115,8 @@ class Guard(grpc.aio.ServerInterceptor):
 
 
 @contextlib.contextmanager
-def _counted(method: str) -> Iterator[None]:
-    """Count a call with the status that it ends with."""
+def _counted(method: str, traced: Traced) -> Iterator[None]:
+    """Count a call with the status that it ends with, and end its span with that."""
     code = "OK"
     try:
         yield
@@ -126,6 +128,7 @@ def _counted(method: str) -> Iterator[None]:
         raise
     finally:
         metrics.HANDLED.labels(method, code).inc()
+        traced.end(code)
 
 
 class _Ended(Exception):

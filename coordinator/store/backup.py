@@ -150,13 +150,13 @@ def _seal(target: IO[bytes]) -> None:
     """Put the SHA-256 of everything else into the comment at the end."""
     size = target.seek(0, 2)
     target.seek(size - SEAL_BYTES)
-    seal = sealed(target, size - SEAL_BYTES)
+    seal = sha256_of(target, size - SEAL_BYTES)
     target.seek(size - SEAL_BYTES)
     target.write(seal.encode())
     target.flush()
 
 
-def sealed(file: IO[bytes], size: int) -> str:
+def sha256_of(file: IO[bytes], size: int) -> str:
     """SHA-256 of the first `size` bytes of a file in hex."""
     digest = hashlib.sha256()
     file.seek(0)

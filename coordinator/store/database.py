@@ -6,13 +6,16 @@ A transaction never waits for anything but the database: no Ray, no network, no 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
+from opentelemetry.trace import SpanKind
 from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import Session
 
+from common import tracing
 from coordinator.store.engines import READERS, for_reading, make_engine
 from coordinator.store.faults import is_disconnect, is_fault, unreadable
 from coordinator.store.writer import Entry, Writer
@@ -57,18 +60,29 @@ class Store:
 
     async def write(self, work: Callable[[Session], T]) -> T:
         """Run `work` in a writing transaction; when this returns, it is durable."""
-        entry = Entry(work, asyncio.get_running_loop())
-        self._writer.submit(entry)
-        return await cast("asyncio.Future[T]", entry.future)
+        return cast("T", await self._recorded(Entry(work, asyncio.get_running_loop())))
 
     async def write_together(self, batch: Callable[[Session, list[Item]], Sequence[T | Exception]], item: Item) -> T:
         """Record `item`, by one call of `batch` for it and for those that wait beside it; when this returns, it is durable.
 
         `batch` gives each item its result, or the exception that its caller gets. Where it raises, it is called for each alone.
         """
-        entry = Entry.of_item(batch, item, asyncio.get_running_loop())
-        self._writer.submit(entry)
-        return await cast("asyncio.Future[T]", entry.future)
+        return cast("T", await self._recorded(Entry.of_item(batch, item, asyncio.get_running_loop())))
+
+    async def _recorded(self, entry: Entry) -> Any:
+        """What the writer makes of an entry; with a span that says how long it waited for its turn, where somebody traces."""
+        if not tracing.recording():
+            self._writer.submit(entry)
+            return await cast("asyncio.Future[Any]", entry.future)
+        with tracing.span("store.write", kind=SpanKind.CLIENT) as span:
+            asked = time.monotonic()
+            self._writer.submit(entry)
+            try:
+                return await cast("asyncio.Future[Any]", entry.future)
+            finally:
+                span.set_attribute("luthier.store.wait_seconds", max(entry.begun - asked, 0.0))
+                span.set_attribute("luthier.store.record_seconds", time.monotonic() - max(entry.begun, asked))
+                span.set_attribute("luthier.store.together", entry.together)
 
     async def read(self, work: Callable[[Session], T]) -> T:
         """Run `work` in a reading transaction."""

@@ -38,7 +38,7 @@ from sqlalchemy.types import TypeEngine
 from sqlmodel import Session, SQLModel
 
 from common.errors import FailedPrecondition, InvalidArgument
-from coordinator.store.backup import FORMAT, FORMAT_VERSION, MANIFEST, ROWS_AT_ONCE, SEAL_BYTES, Manifest, Part, Told, sealed
+from coordinator.store.backup import FORMAT, FORMAT_VERSION, MANIFEST, ROWS_AT_ONCE, SEAL_BYTES, Manifest, Part, Told, sha256_of
 from coordinator.store.engines import for_writing, make_engine, without_foreign_keys
 from coordinator.store.faults import is_fault, unavailable
 from coordinator.store.migrate import bring_to, check_references, head, known_revisions
@@ -115,7 +115,7 @@ def _check_seal(path: Path, file: IO[bytes], size: int) -> None:
     seal = file.read().decode("ascii", "replace")
     if not DIGITS.fullmatch(seal):
         raise _damaged(path, "it does not end as it should; was it copied whole?")
-    if sealed(file, size - SEAL_BYTES) != seal:
+    if sha256_of(file, size - SEAL_BYTES) != seal:
         raise _damaged(path, "its content is not what was written")
 
 
@@ -185,8 +185,10 @@ def _fill(connection: Connection, archive: zipfile.ZipFile, manifest: Manifest, 
     found = MetaData()
     found.reflect(connection, only=lambda name, _: name in manifest.parts)
     by_name = {table.name: table for table in found.sorted_tables}
-    for column in (column for table in found.sorted_tables for column in table.columns if isinstance(column.type, JSON)):
-        column.type.none_as_null = column.nullable
+    for table in found.sorted_tables:
+        for column in table.columns:
+            if isinstance(column.type, JSON):
+                column.type.none_as_null = bool(column.nullable)
     unknown = sorted({*manifest.parts} - {*by_name})
     if unknown:
         raise InvalidArgument(

@@ -163,6 +163,9 @@ class Job(SQLModel, table=True):
     cpu_seconds: float = 0.0
     gpu_seconds: float = 0.0
 
+    # W3C's traceparent of the call that made it; empty where nobody traces.
+    trace_parent: str = ""
+
     create_time: datetime = _time()
     start_time: datetime | None = _time(nullable=True)
     end_time: datetime | None = _time(nullable=True)

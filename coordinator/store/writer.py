@@ -62,6 +62,9 @@ class Entry:
         self.future: asyncio.Future[Any] | Future[Any] = loop.create_future() if loop else Future()
         self.result: Any = None
         self.error: BaseException | None = None
+        # When its group began, by the monotonic clock, and how many were in it.
+        self.begun = 0.0
+        self.together = 0
 
     @classmethod
     def of_item(cls, batch: Batch, item: Any, loop: asyncio.AbstractEventLoop | None = None) -> Entry:
@@ -129,6 +132,8 @@ class Writer:
             metrics.COMMIT.observe(time.monotonic() - started)
             metrics.FAILED.inc(sum(isinstance(entry.error, Unavailable) for entry in group))
             metrics.GROUP.observe(len(group))
+            for entry in group:
+                entry.begun, entry.together = started, len(group)
             _answer(group)
             crowded = len(group) > CROWD
 

@@ -67,6 +67,8 @@ class Request:
     params: SamplingParams
     on_text: Callable[[str], None] | None = None
     cancel: threading.Event = field(default_factory=threading.Event)
+    # W3C traceparent of whoever asks; empty where nobody traces.
+    trace_parent: str = ""
 
 
 class Engine(ABC):

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
@@ -14,6 +15,7 @@ from starlette.exceptions import HTTPException
 
 from serving.engines.base import Completion
 from serving.gateway.answers import Answer, ChatAnswer, TextAnswer, sse
+from serving.gateway.asked import Asked
 from serving.gateway.auth import authenticate
 from serving.gateway.errors import ApiError, from_exception, overloaded
 from serving.gateway.openai_types import ChatRequest, CompletionRequest, parse
@@ -127,21 +129,30 @@ async def _answer(
     ask = parsed.ask()
     route = pick_route(find_endpoint(parsed.model, key, state.snapshot), state.random)
     answer = shape(parsed.model, f"fp_{route.app}", parsed.include_usage)
-    leave = state.enter()
+    asked = Asked(request, key.project, parsed.model, route.app)
+    ask = replace(ask, trace_parent=asked.traceparent)
+    try:
+        leave = asked.until(state.enter())
+    except ApiError as error:
+        asked.failed(error)
+        raise
     try:
         if parsed.stream:
-            return await _stream(state, request, route.app, ask, answer, leave)
+            return await _stream(state, request, route.app, ask, answer, leave, asked)
         with _time_limit():
             async with asyncio.timeout(state.args.request_timeout_s):
                 completions = await _while_connected(request, state.backend.complete(route.app, ask))
         return JSONResponse(answer.whole(completions))
+    except BaseException as error:
+        asked.failed(error)
+        raise
     finally:
         if not parsed.stream:
             leave()
 
 
 async def _stream(
-    state: GatewayState, request: Request, app: str, ask: Ask, answer: Answer, leave: Callable[[], None]
+    state: GatewayState, request: Request, app: str, ask: Ask, answer: Answer, leave: Callable[[], None], asked: Asked
 ) -> Response:
     """Wait for the replica to accept the request, so that a refusal still has its status, then stream."""
     events = state.backend.stream(app, ask)
@@ -151,11 +162,12 @@ async def _stream(
                 first = await _while_connected(request, anext(events))
         if not isinstance(first, Started):
             raise RuntimeError("a stream has to begin with Started")
-    except BaseException:
+    except BaseException as error:
+        asked.failed(error)
         leave()
         await _close(events)
         raise
-    body = _events(events, answer, request.state.request_id, state.args.request_timeout_s, leave)
+    body = _events(events, answer, request.state.request_id, state.args.request_timeout_s, leave, asked.failed)
     return _Stream(body, leave, events)
 
 
@@ -176,7 +188,12 @@ class _Stream(StreamingResponse):
 
 
 async def _events(
-    events: AsyncIterator[Event], answer: Answer, request_id: str, idle_s: float, leave: Callable[[], None]
+    events: AsyncIterator[Event],
+    answer: Answer,
+    request_id: str,
+    idle_s: float,
+    leave: Callable[[], None],
+    failed: Callable[[BaseException], None],
 ) -> AsyncIterator[bytes]:
     """Yield the stream. Only one that came to its end has [DONE]; one that broke ends with an error event."""
     try:
@@ -194,6 +211,7 @@ async def _events(
         yield sse("[DONE]")
     except Exception as error:
         broken = RuntimeError("the stream ended without its completion") if isinstance(error, StopAsyncIteration) else error
+        failed(broken)
         yield sse(from_exception(broken, request_id).body())
     finally:
         leave()

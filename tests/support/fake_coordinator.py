@@ -29,6 +29,8 @@ class FakeCoordinator(agent_pb2_grpc.AgentServiceServicer):
         self.secret = ""
         self.reports: dict[str, list[agent_pb2.Report]] = defaultdict(list)
         self.calls: list[agent_pb2.ReportRequest] = []
+        # The traceparent that each call came with; empty where it had none.
+        self.traces: list[str] = []
         self.wish = agent_pb2.WISH_UNSPECIFIED
         self.wish_reason = job_pb2.END_REASON_UNSPECIFIED
         self.stale = False
@@ -97,6 +99,7 @@ class FakeCoordinator(agent_pb2_grpc.AgentServiceServicer):
         """See agent.proto."""
         with self._changed:
             self.calls.append(request)
+            self.traces.append(dict(context.invocation_metadata()).get("traceparent", ""))
             if request.session_secret != self.secret:
                 context.abort(grpc.StatusCode.PERMISSION_DENIED, "wrong session secret")
             applied = self.reports[request.source]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ from luthier.client.errors import LuthierError, from_call
 from luthier.client.tls import Tls
 
 MAX_MESSAGE_BYTES = 64 * 2**20
+HEADER = "traceparent"
 
 
 class _Details(NamedTuple):
@@ -73,7 +76,7 @@ class _Interceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInter
         return _Details(
             details.method,
             timeout if details.timeout is None else details.timeout,
-            (*(details.metadata or ()), *self._metadata),
+            (*(details.metadata or ()), *self._metadata, *_trace(details.metadata)),
             details.credentials,
             details.wait_for_ready,
             getattr(details, "compression", None),
@@ -89,6 +92,21 @@ class _Interceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInter
 
     def intercept_stream_unary(self, continuation: Callable[..., Any], client_call_details: Any, request_iterator: Any) -> Any:
         return _Call(continuation(self._details(client_call_details, None), request_iterator), self._server, self._tls)
+
+
+def _trace(given: Sequence[tuple[str, str | bytes]] | None) -> tuple[tuple[str, str], ...]:
+    """The trace that a call belongs to, unless it is given one: OpenTelemetry's present one, else what TRACEPARENT says."""
+    if any(name == HEADER for name, _ in given or ()):
+        return ()
+    carrier: dict[str, str] = {}
+    # Nothing can be under way where nobody has imported it, so that this needs no dependency.
+    if "opentelemetry.trace" in sys.modules:
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        TraceContextTextMapPropagator().inject(carrier)
+    if not carrier and (outer := os.environ.get(HEADER.upper())):
+        carrier[HEADER] = outer
+    return tuple(carrier.items())
 
 
 def _repeatable(request: Any) -> Any:

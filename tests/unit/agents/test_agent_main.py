@@ -18,6 +18,7 @@ from common.errors import InvalidArgument, Unavailable, Violation
 from luthier.agent.v1 import agent_pb2
 from luthier.v1 import job_pb2
 from tests.support.fake_coordinator import TOKEN, FakeCoordinator
+from tests.support.otlp import collecting
 
 SECRET = "s" * 40
 
@@ -38,7 +39,7 @@ def _agent(fake: FakeCoordinator, folder: Path, runner: str, **environment: str)
         "LUTHIER_JOB_UID": fake.job_uid,
         "LUTHIER_RUN": "1",
         "LUTHIER_CLAIM_TOKEN": TOKEN,
-        "PYTHONPATH": str(folder),
+        "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     return subprocess.Popen(
         [sys.executable, "-c", code],
@@ -70,6 +71,23 @@ def test_an_agent_reports_its_runners_outcome_and_its_log(fake: FakeCoordinator,
     assert fake.outcome.state == job_pb2.JOB_STATE_SUCCEEDED
     lines = [line.message for report in fake.of("driver", "log") for line in report.lines]
     assert "agents: at work, token None" in lines, "the claim token outlived the claim"
+
+
+def test_an_agent_belongs_to_its_jobs_trace_and_hands_it_on(fake: FakeCoordinator, tmp_path: Path) -> None:
+    fake.claim.trace_parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    runner = (
+        "def run(link, claim):\n"
+        "    link.phase('loading', link.config.trace_parent)\n"
+        "    link.flush(5)\n"
+        "    raise ValueError('no such thing')\n"
+    )
+    with collecting() as collector:
+        assert _wait(_agent(fake, tmp_path, runner, LUTHIER_OTLP_ENDPOINT=collector.endpoint)) == 0
+        spans = {span.name: span for span in collector.of("0af7651916cd43dd8448eb211c80319c")}
+    assert {name: span.failed for name, span in spans.items()} == {"run finetune": "RUN_ERROR", "loading": "RUN_ERROR"}
+    assert spans["run finetune"].attributes == {"luthier.job.uid": fake.job_uid, "luthier.run": 1}
+    (phase,) = fake.of("driver", "phase")
+    assert phase.message.split("-")[2] == spans["run finetune"].span_id
 
 
 def test_an_exception_becomes_a_failed_outcome_with_its_traceback(fake: FakeCoordinator, tmp_path: Path) -> None:

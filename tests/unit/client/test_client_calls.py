@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
+from opentelemetry import context, trace
+from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 
 from luthier.client import AlreadyExists, Client, InvalidArgument, Unavailable, short_name
 from luthier.client.channel import service_config
@@ -36,6 +39,7 @@ def test_only_calls_that_are_safe_to_repeat_are_repeated() -> None:
         "WatchJob",  # streams resume by sequence instead
         "WatchJobs",
         "TailLogs",
+        "BackupRecords",  # one that broke off is made anew, into a file of its own
         "UploadDataset",  # streams up are repeated with their request_id
         "UploadModel",
         "DeployEndpoint",  # a repeated one may undo what somebody else did in between
@@ -138,3 +142,22 @@ def test_endpoints_are_awaited(fake: FakeCoordinator, client: Client) -> None:
     client.delete_endpoint("desk")
     client.wait_gone("desk", timeout=5)
     assert not fake.endpoints
+
+
+def test_a_call_goes_along_with_the_trace_of_whoever_makes_it(fake: FakeCoordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    outer, inner = (f"00-{number:032x}-b7ad6b7169203331-01" for number in (1, 2))
+
+    def sent(**options: Any) -> str:
+        with Client(fake.address, token=fake.token) as client:
+            client.admin.GetStatus(admin_pb2.GetStatusRequest(), **options)
+        return fake.called("GetStatus")[-1].metadata.get("traceparent", "")
+
+    assert sent() == ""
+    monkeypatch.setenv("TRACEPARENT", outer)
+    assert sent() == outer
+    span = NonRecordingSpan(SpanContext(2, 0xB7AD6B7169203331, is_remote=False, trace_flags=TraceFlags(1)))
+    token = context.attach(trace.set_span_in_context(span))
+    assert sent() == inner
+    assert sent(metadata=(("traceparent", "its own"),)) == "its own"
+    context.detach(token)
+    assert sent() == outer

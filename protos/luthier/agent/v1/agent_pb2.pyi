@@ -167,12 +167,15 @@ class ClaimRunResponse(_message.Message):
     REPORT_INTERVAL_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     RESUME_FROM_FIELD_NUMBER: _builtins.int
+    TRACE_PARENT_FIELD_NUMBER: _builtins.int
     run_uri: _builtins.str
     """Folder in storage that this run may write to."""
     storage_uri: _builtins.str
     """Root of the storage, for content-addressed artifacts."""
     report_interval: _builtins.float
     """Seconds between reports."""
+    trace_parent: _builtins.str
+    """W3C traceparent of the call that made the job; empty where nobody traces."""
     @_builtins.property
     def job(self) -> _job_pb2.Job:
         """The job with its spec resolved."""
@@ -199,10 +202,11 @@ class ClaimRunResponse(_message.Message):
         report_interval: _builtins.float = ...,
         labels: _abc.Iterable[_builtins.str] | None = ...,
         resume_from: _abc.Iterable[_job_pb2.Checkpoint] | None = ...,
+        trace_parent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "job", b"job", "labels", b"labels", "report_interval", b"report_interval", "resume_from", b"resume_from", "run_uri", b"run_uri", "storage_uri", b"storage_uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "job", b"job", "labels", b"labels", "report_interval", b"report_interval", "resume_from", b"resume_from", "run_uri", b"run_uri", "storage_uri", b"storage_uri", "trace_parent", b"trace_parent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
