@@ -17,6 +17,7 @@ from luthier.client import Client
 from luthier.v1 import dataset_pb2
 from tests.support import postgres as postgresql
 from tests.support.hub_server import Hub, serve
+from tests.support.otlp import Collector, collecting
 from tests.support.postgres import Postgres
 from tests.support.stack import Stack
 
@@ -49,11 +50,18 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 
 @pytest.fixture(scope="session")
-def stack(hub: Hub) -> Iterator[Stack]:
+def traces() -> Iterator[Collector]:
+    """Where the stack sends the traces that its callers want kept."""
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="session")
+def stack(hub: Hub, traces: Collector) -> Iterator[Stack]:
     """A running stack. At the end nothing of it may be left."""
     # Not below pytest's own folders: Ray's socket paths have to stay short.
     home = Path(tempfile.mkdtemp(prefix="lt-"))
-    stack = Stack(home, HF_ENDPOINT=hub.url)
+    stack = Stack(home, HF_ENDPOINT=hub.url, LUTHIER_OTLP_ENDPOINT=traces.endpoint, LUTHIER_TRACE_SAMPLE_RATIO="0")
     try:
         stack.up()
         yield stack

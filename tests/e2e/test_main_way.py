@@ -12,10 +12,13 @@ import pytest
 from luthier.client import Client
 from luthier.v1 import job_pb2, model_pb2
 from tests.support.docstrings import write_csv
+from tests.support.otlp import Collector, Told
 from tests.support.stack import Stack, wait_for, wait_for_endpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROWS = 2000
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+TRACEPARENT = f"00-{TRACE}-b7ad6b7169203331-01"
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,7 @@ def trained(stack: Stack, client: Client, tmp_path_factory: pytest.TempPathFacto
     shown = stack.cli(
         "train", "--base", "builtin:tiny", "--dataset", "docstrings", "--method", "full", "--workers", "2", "--zero", "2",
         "--max-steps", "70", "--batch-size", "16", "--lr", "2e-3", "--output-model", "groups",
-        "--eval-before", "--generate", "--eval-rows", "120", "--output", "json",
+        "--eval-before", "--generate", "--eval-rows", "120", "--output", "json", TRACEPARENT=TRACEPARENT,
     )  # fmt: skip
     job = wait_for(client, json.loads(shown.stdout)["name"], seconds=600)
     assert job.state == job_pb2.JOB_STATE_SUCCEEDED, job.error
@@ -78,6 +81,28 @@ def test_progress_and_metrics_were_streamed(client: Client, trained: job_pb2.Job
     assert all(point.values["tokens_per_second"] > 0 for point in points if "tokens_per_second" in point.values)
 
 
+def test_the_trace_of_the_command_leads_to_the_ranks(traces: Collector, trained: job_pb2.Job) -> None:
+    def enough(_: object) -> bool:
+        return {"luthier-coordinator", "luthier-agent", "luthier-rank"} <= {span.service for span in traces.of(TRACE)}
+
+    traces.wait(enough)
+    spans = {(span.service, span.name): span for span in traces.of(TRACE)}
+    create = spans["luthier-coordinator", "luthier.v1.JobService/CreateJob"]
+    launch, run = spans["luthier-coordinator", "launch"], spans["luthier-agent", "run finetune"]
+    ranks = [spans["luthier-rank", f"rank-{number}"] for number in range(2)]
+    assert create.parent_id == TRACEPARENT.split("-")[2]
+    assert (launch.parent_id, run.parent_id) == (create.span_id, create.span_id)
+    assert {rank.parent_id for rank in ranks} == {run.span_id}
+    of_driver = {name for service, name in spans if service == "luthier-agent"}
+    assert of_driver >= {"loading", "evaluating_before", "starting", "evaluating_after"}
+    assert spans["luthier-rank", "training"].parent_id == ranks[0].span_id
+    reports = [span for span in traces.of(TRACE) if span.name.endswith("/Report")]
+    parents = {span.parent_id for span in reports}
+    assert run.span_id in parents
+    assert parents <= {run.span_id, *(rank.span_id for rank in ranks)}
+    assert len(reports) < 60
+
+
 def test_an_evaluation_of_its_own_says_the_same(stack: Stack, client: Client, trained: job_pb2.Job) -> None:
     shown = stack.cli("evaluate", "--model", "groups@1", "--dataset", "docstrings", "--max-rows", "120", "--output", "json")
     job = wait_for(client, json.loads(shown.stdout)["name"])
@@ -87,7 +112,7 @@ def test_an_evaluation_of_its_own_says_the_same(stack: Stack, client: Client, tr
 
 
 def test_the_endpoint_answers_everybody_with_a_key(
-    stack: Stack, client: Client, trained: job_pb2.Job, request: pytest.FixtureRequest
+    stack: Stack, client: Client, trained: job_pb2.Job, traces: Collector, request: pytest.FixtureRequest
 ) -> None:
     # Whatever happens here, the stack that others share gets its CPUs back.
     request.addfinalizer(lambda: stack.cli("endpoint", "delete", "groups", "--wait", check=False))
@@ -108,7 +133,8 @@ def test_the_endpoint_answers_everybody_with_a_key(
 
     body = json.dumps({"model": "groups", "temperature": 0, "messages": [{"role": "user", "content": question}]})
     headers = ["-H", "Content-Type: application/json", "-d", body]
-    code, text = curl(f"{url}/chat/completions", "-H", f"Authorization: Bearer {stack.token}", *headers)
+    traced = ["-H", f"traceparent: {TRACEPARENT}"]
+    code, text = curl(f"{url}/chat/completions", "-H", f"Authorization: Bearer {stack.token}", *traced, *headers)
     assert code == 200
     answer = json.loads(text)["choices"][0]["message"]["content"]
     # Serving says what evaluating the same weights said.
@@ -131,6 +157,17 @@ def test_the_endpoint_answers_everybody_with_a_key(
         api.models.list()
     queried = stack.cli("endpoint", "query", "groups", question)
     assert answer in queried.stdout
+
+    def of_query(_: object = None) -> dict[str, Told]:
+        return {span.name: span for span in traces.of(TRACE) if span.service in ("luthier-gateway", "luthier-replica")}
+
+    traces.wait(lambda spans: len(of_query(spans)) >= 3)
+    gateway, replica, engine = (of_query()[name] for name in ("POST /v1/chat/completions", "replica", "engine"))
+    assert (gateway.parent_id, replica.parent_id, engine.parent_id) == (
+        TRACEPARENT.split("-")[2],
+        gateway.span_id,
+        replica.span_id,
+    )
 
     stack.cli("endpoint", "delete", "groups", "--wait")
     assert not stack.json("endpoint", "list").get("endpoints")

@@ -34,10 +34,17 @@ class Stack:
         self.environment = plain_environment(LUTHIER_HOME=str(home), **environment)
         self.status: dict[str, Any] = {}
 
-    def cli(self, *arguments: str, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def cli(
+        self, *arguments: str, check: bool = True, timeout: float = 300, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run `luthier …` on this home."""
         done = subprocess.run(
-            [LUTHIER, *arguments], env=self.environment, capture_output=True, text=True, timeout=timeout, check=False
+            [LUTHIER, *arguments],
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
         )
         assert not check or done.returncode == 0, (
             f"luthier {' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
