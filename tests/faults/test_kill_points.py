@@ -16,14 +16,17 @@ import pytest
 
 from cli.stack.state import RayState
 from coordinator.cluster.ray_cluster import RayCluster
+from luthier.v1 import endpoint_pb2
 from tests.support import kill_checks, tiny_agent
-from tests.support.crash_points import ANY_COMMIT, POINTS, RAY_CALLS, RAY_CALLS_FOR_ENDPOINTS
+from tests.support.coordinator_process import free_port
+from tests.support.crash_points import ANY_COMMIT, POINTS, POINTS_FOR_ENDPOINTS, RAY_CALLS, RAY_CALLS_FOR_ENDPOINTS
 from tests.support.kill_checks import RayJob
 from tests.support.kill_crowd import Crowd
 from tests.support.kill_plans import CPUS, PLANS, numbered
 from tests.support.mortal_coordinator import MortalCoordinator
 from tests.support.postgres import Postgres
 from tests.support.ray_head import running
+from tests.support.tenants import in_store, spares
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -129,6 +132,7 @@ class Storm:
             *kill_checks.wrong_in_records(store, jobs),
             *kill_checks.wrong_on_the_cluster(folder, jobs, submitted),
             *kill_checks.wrong_while_dead(store, submitted),
+            *kill_checks.wrong_in_versions(store, self._crowd.deleted),
         ]
         assert not wrong, "\n".join(wrong)
 
@@ -154,7 +158,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def mortal(request: pytest.FixtureRequest, ray: RayState, tmp_path: Path, folder: Path) -> Iterator[MortalCoordinator]:
-    settings = {"ray_address": ray.address, "ray_token_path": ray.token_path}
+    settings = {"ray_address": ray.address, "ray_token_path": ray.token_path, "gateway_port": str(free_port())}
     if getattr(request, "param", "sqlite") == "postgresql":
         server: Postgres = request.getfixturevalue("postgres")
         settings["store_url"] = server.url(server.database())
@@ -177,6 +181,7 @@ def crowd(mortal: MortalCoordinator, folder: Path, tmp_path: Path) -> Crowd:
     with mortal.client() as client:
         client.upload_dataset(rows, "rows")
     mortal.kill()
+    in_store(mortal, lambda session: session.add_all(spares("default")))
     return Crowd(mortal.client, folder, AT_ONCE)
 
 
@@ -215,6 +220,47 @@ def test_killed_at_every_commit_of_its_first_start_it_starts_all_the_same(mortal
             with mortal.client() as client:
                 assert not list(client.list_jobs())
             mortal.kill()
+
+
+def test_killed_while_it_tells_serve_what_to_run_it_tells_it_again_and_nothing_runs_twice(
+    mortal: MortalCoordinator, crowd: Crowd, ray: RayState
+) -> None:
+    kills = []
+
+    def killed_at(point: str) -> None:
+        assert mortal.stopped_at(PATIENCE) == point
+        mortal.kill()
+        kills.append(point)
+
+    mortal.begin({"ray.deploy:before": 0})
+    mortal.wait_until_serving()
+    with mortal.client() as client:
+        client.deploy_endpoint("desk", endpoint_pb2.Endpoint(routes=[endpoint_pb2.Route(model_version="spare@1", weight=1)]))
+    killed_at("ray.deploy:before")
+    assert kill_checks.serve_apps(ray) == {}
+    mortal.begin({"ray.deploy:after": 0})
+    killed_at("ray.deploy:after")
+    apps = kill_checks.serve_apps(ray, lambda status: status.get("gateway") == "RUNNING")
+    assert len(apps) == 2
+    # Each fresh coordinator sends the whole once more, which changes nothing of what runs.
+    mortal.begin({"ray.deploy:after": 0})
+    killed_at("ray.deploy:after")
+    assert kill_checks.serve_apps(ray)["gateway"] == apps["gateway"]
+
+    mortal.begin({"ray.deploy:before": 1})
+    mortal.wait_until_serving()
+    with mortal.client() as client:
+        client.delete_endpoint("desk")
+    killed_at("ray.deploy:before")
+    assert kill_checks.serve_apps(ray)["gateway"] == apps["gateway"]
+    mortal.begin({"ray.deploy:after": 0})
+    killed_at("ray.deploy:after")
+    mortal.begin({})
+    mortal.wait_until_serving()
+    with mortal.client() as client:
+        client.wait_gone("desk", timeout=PATIENCE)
+    kill_checks.serve_apps(ray, lambda status: not status)
+    assert set(kills) == set(POINTS_FOR_ENDPOINTS)
 
 
 @pytest.mark.chaos

@@ -40,8 +40,13 @@ RAY_CALLS = ("submit", "submissions", "stop", "capacity", "log_tail", "serve_det
 RAY_CALLS_FOR_ENDPOINTS = ("deploy",)
 """Calls that need an endpoint: Serve is told the whole of what it should run, so that saying it again changes nothing."""
 
-ANSWERS = ("CreateJob", "UpdateJob", "CancelJob", "PauseJob", "ResumeJob", "ClaimRun", "Report")
-"""Calls about jobs that change something: their work is done, and the caller has not heard of it."""
+ANSWERS = (
+    *("CreateJob", "UpdateJob", "CancelJob", "PauseJob", "ResumeJob", "DeleteJob", "ClaimRun", "Report"),
+    *("DeleteDatasetVersion", "DeleteModelVersion"),
+)
+"""Calls that change something about jobs and what they read: their work is done, and the caller has not heard of it."""
+
+POINTS_FOR_ENDPOINTS = tuple(f"ray.{call}:{side}" for call in RAY_CALLS_FOR_ENDPOINTS for side in ("before", "after"))
 
 POINTS = (
     *(f"commit.{kind}:{side}" for kind in COMMITS for side in ("before", "after")),

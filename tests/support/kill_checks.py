@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import create_engine, text
 
@@ -16,6 +18,7 @@ from coordinator.cluster.ray_cluster import ENDED
 from luthier.v1 import job_pb2
 from tests.support.kill_crowd import Acknowledged
 from tests.support.kill_plans import ENDS, SUCCEEDED, Plan
+from tests.support.tenants import SPARES
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,11 @@ class RayJob:
 
 def ray_jobs(ray: RayState) -> dict[str, RayJob]:
     """Ray's own word on every submission, by its id."""
-    token = Path(ray.token_path).read_text().strip()
-    request = urllib.request.Request(f"{ray.address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
-        return {
-            job["submission_id"]: RayJob(job["status"], job["start_time"], job["end_time"])
-            for job in json.load(answer)
-            if job["submission_id"]
-        }
+    return {
+        job["submission_id"]: RayJob(job["status"], job["start_time"], job["end_time"])
+        for job in _answer(ray, "/api/jobs/")
+        if job["submission_id"]
+    }
 
 
 def all_ended(submitted: Mapping[str, RayJob]) -> bool:
@@ -59,9 +59,13 @@ def wrong_in_answers(jobs: Sequence[Acknowledged], listed: Sequence[job_pb2.Job]
     """What the API says of the jobs against what was acknowledged and planned."""
     wrong = []
     found = {job.name: job for job in listed}
-    if len(found) != len(listed) or len(found) != len(jobs):
-        wrong.append(f"{len(jobs)} jobs were acknowledged, {len(found)} are listed")
-    for each in jobs:
+    staying = [each for each in jobs if not each.plan.deleted]
+    wrong += [
+        f"{each.plan.name}: {each.name} was deleted and is listed" for each in jobs if each.plan.deleted and each.name in found
+    ]
+    if len(found) != len(listed) or len(found) != len(staying):
+        wrong.append(f"{len(staying)} jobs were acknowledged and not deleted, {len(found)} are listed")
+    for each in staying:
         job = found.get(each.name)
         if job is None:
             wrong.append(f"{each.plan.name}: {each.name} was acknowledged and is lost")
@@ -86,6 +90,11 @@ def wrong_in_records(store_url: str, jobs: Sequence[Acknowledged]) -> list[str]:
             def complain(said: str, plan: Plan = each.plan, uid: str = each.uid) -> None:
                 wrong.append(f"{plan.name} ({uid}): {said}")
 
+            if each.plan.deleted:
+                left = connection.execute(text("select delete_time from job where uid = :uid"), of_job).first()
+                if left is not None and left.delete_time is None:
+                    complain("it was deleted and is there")
+                continue
             asked = {"request": each.request.request_id}
             made = connection.execute(text("select count(*) from job where request_id = :request"), asked).scalar_one()
             if made != 1:
@@ -135,3 +144,45 @@ def wrong_on_the_cluster(folder: Path, jobs: Sequence[Acknowledged], submitted: 
         if any(word == "was refused" for _, word in seen) and each.plan.ends == SUCCEEDED:
             wrong.append(f"a run that counted was refused: {story}")
     return wrong
+
+
+def wrong_in_versions(store_url: str, deleted: Mapping[str, Sequence[int]]) -> list[str]:
+    """Of the spare versions, those are gone that were deleted, and no others."""
+    wrong = []
+    engine = create_engine(store_url)
+    with engine.connect() as connection:
+        for kind, query in (
+            ("datasets", "select version from dataset_version where dataset_id = 'spare'"),
+            ("models", "select version from model_version where model_id = 'spare'"),
+        ):
+            left = set(connection.execute(text(query)).scalars())
+            if left != set(range(1, SPARES + 1)) - set(deleted[kind]):
+                wrong.append(
+                    f"of the spare {kind} {sorted(set(range(1, SPARES + 1)) - left)} are gone, {deleted[kind]} were deleted"
+                )
+    engine.dispose()
+    return wrong
+
+
+def serve_apps(
+    ray: RayState, until: Callable[[Mapping[str, str]], bool] = lambda _: True, seconds: float = 120.0
+) -> dict[str, list[str]]:
+    """The ids of the replicas of each application that Serve has, by its name; once their statuses are as wished."""
+    deadline = time.monotonic() + seconds
+    while True:
+        apps = _answer(ray, "/api/serve/applications/").get("applications") or {}
+        if until({name: app["status"] for name, app in apps.items()}):
+            break
+        assert time.monotonic() < deadline, apps
+        time.sleep(0.5)
+    return {
+        name: sorted(replica["replica_id"] for deployment in app["deployments"].values() for replica in deployment["replicas"])
+        for name, app in apps.items()
+    }
+
+
+def _answer(ray: RayState, path: str) -> Any:
+    token = Path(ray.token_path).read_text().strip()
+    request = urllib.request.Request(f"{ray.address}{path}", headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
+        return json.load(answer)

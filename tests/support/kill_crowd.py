@@ -16,9 +16,9 @@ from typing import Any
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from luthier.client import Client
-from luthier.client.errors import Cancelled, DeadlineExceeded, FailedPrecondition, LuthierError, Unavailable
+from luthier.client.errors import Cancelled, DeadlineExceeded, FailedPrecondition, LuthierError, NotFound, Unavailable
 from luthier.client.streams import broke
-from luthier.v1 import job_pb2
+from luthier.v1 import dataset_pb2, job_pb2, model_pb2
 from tests.support.kill_plans import ENDS, WAITING, Plan
 
 CALL_SECONDS = 10.0
@@ -40,6 +40,8 @@ class Acknowledged:
     @property
     def as_planned(self) -> bool:
         """Whether nothing more is to happen."""
+        if self.plan.deleted:
+            return self.state in ENDS and not self.steps
         return self.state in ENDS or (not self.steps and self.state == self.plan.ends)
 
     @property
@@ -63,6 +65,8 @@ class Crowd:
         self._most_at_once = most_at_once
         self.jobs: list[Acknowledged] = []
         self.wrong: list[str] = []
+        # Numbers of versions of `spare` that were deleted, by kind.
+        self.deleted: dict[str, list[int]] = {"datasets": [], "models": []}
         self._waiting: deque[Plan] = deque()
         self._stop = threading.Event()
         self._watchers: list[threading.Thread] = []
@@ -111,6 +115,8 @@ class Crowd:
                 for job in self.jobs:
                     job.state = states.get(job.name, job.state)
                     if job.steps and job.steps[0][0] in ("", job.state, WAITING if job.waits else ""):
+                        if job.steps[0][1] == "delete" and not job.watched:
+                            continue  # nobody could watch it any more
                         self._step(client, job, job.steps[0][1])
                         job.steps.popleft()
                 self._stop.wait(LOOK_SECONDS)
@@ -154,8 +160,21 @@ class Crowd:
             changed = job_pb2.Job(name=job.name, priority=job.plan.priority + 1)
             update = job_pb2.UpdateJobRequest(job=changed, update_mask=FieldMask(paths=["priority"]))
             self._until_answered(lambda: client.jobs.UpdateJob(update, timeout=CALL_SECONDS))
+        elif call == "delete":
+            self._until_answered(lambda: client.jobs.DeleteJob(job_pb2.DeleteJobRequest(name=job.name), timeout=CALL_SECONDS))
+        elif call == "delete data":
+            data = dataset_pb2.DeleteDatasetVersionRequest(name=self._spare(client, "datasets"))
+            self._until_answered(lambda: client.datasets.DeleteDatasetVersion(data, timeout=CALL_SECONDS))
+        elif call == "delete model":
+            model = model_pb2.DeleteModelVersionRequest(name=self._spare(client, "models"))
+            self._until_answered(lambda: client.models.DeleteModelVersion(model, timeout=CALL_SECONDS))
         else:
             raise ValueError(call)
+
+    def _spare(self, client: Client, kind: str) -> str:
+        """The name of a version that nobody needs, the next one of its kind."""
+        self.deleted[kind].append(len(self.deleted[kind]) + 1)
+        return f"{client.parent}/{kind}/spare/versions/{self.deleted[kind][-1]}"
 
     def _tell(self, job: Acknowledged) -> None:
         plan = self._folder / f"{job.uid}.plan"
@@ -172,8 +191,8 @@ class Crowd:
             except (Unavailable, Cancelled, DeadlineExceeded):
                 repeated = True
                 time.sleep(LOOK_SECONDS)
-            except FailedPrecondition:
-                # The call before was not answered, but had its effect, and the job has gone on since.
+            except (FailedPrecondition, NotFound):
+                # The call before was not answered, but had its effect, and the job has gone on since, or what it named is gone.
                 if not repeated:
                     raise
                 return None

@@ -40,6 +40,11 @@ class Plan:
     lingers: float = 0.2
     follower: Plan | None = None
 
+    @property
+    def deleted(self) -> bool:
+        """Whether it is deleted in the end."""
+        return any(call == "delete" for _, call in self.steps)
+
     def job(self) -> job_pb2.Job:
         """The job as it is submitted."""
         spec = training_pb2.FinetuneSpec(base="builtin:tiny", dataset="rows", method="full", workers=self.workers)
@@ -59,6 +64,7 @@ PLANS = (
     Plan("dies unclaimed once", ("die unclaimed", "succeed"), runs=2, attempt=1),
     Plan("cancelled in the queue", steps=((WAITING, "cancel"),), ends=CANCELLED, reason="USER", runs=0, workers=15, priority=-50),
     Plan("succeeds", follower=FOLLOWS),
+    Plan("succeeds and is deleted", steps=((SUCCEEDED, "delete"), ("", "delete data"), ("", "delete model"))),
     Plan("fails", ("fail",), ends=FAILED, reason="BAD_DATA", follower=NEVER_FOLLOWS),
     Plan("paused and resumed", ("pause", "succeed"), ((RUNNING, "pause"), (PAUSED, "update"), (PAUSED, "resume")), runs=2),
     Plan(

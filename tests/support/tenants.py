@@ -85,3 +85,21 @@ def in_store(coordinator: CoordinatorProcess, work: Callable[[Session], Any]) ->
         return store.write_now(work)
     finally:
         store.close()
+
+
+SPARES = 60
+"""Versions of the data set and of the model `spare`."""
+
+
+def spares(project: str) -> list[Any]:
+    """Versions that nobody reads, to be deleted; rows in the order in which they can be put in."""
+    moment = tables.now()
+    rows: list[Any] = [
+        tables.Dataset(project_id=project, id="spare", latest=SPARES, create_time=moment),
+        tables.Model(project_id=project, id="spare", latest=SPARES, create_time=moment),
+    ]
+    for number in range(1, SPARES + 1):
+        what = {"version": number, "content_hash": f"c{number}", "create_time": moment}
+        rows.append(tables.DatasetVersion(project_id=project, dataset_id="spare", uri=f"file:///none/d{number}", **what))
+        rows.append(tables.ModelVersion(project_id=project, model_id="spare", uri=f"file:///none/m{number}", **what))
+    return rows
