@@ -49,7 +49,7 @@ class BackupCalls:
                         done, total = reading.progress
                         progress = admin_pb2.BackupProgress(rows=done, total_rows=total)
                         yield admin_pb2.BackupRecordsResponse(progress=progress)
-                    manifest = await reading.result()
+                    manifest = await self._result(reading)
                 finally:
                     await reading.stop()
                 yield admin_pb2.BackupRecordsResponse(summary=await asyncio.to_thread(_summary, file, manifest))
@@ -57,6 +57,13 @@ class BackupCalls:
                     yield admin_pb2.BackupRecordsResponse(chunk=chunk)
         finally:
             self._backing_up = False
+
+    async def _result(self, reading: _Reading) -> Manifest:
+        try:
+            return await reading.result()
+        except OSError as error:
+            why = f"the coordinator cannot write the backup to {self._home}, from where it is sent: {error.strerror}"
+            raise ResourceExhausted(f"{why}; make room there", "NO_ROOM") from error
 
 
 class _GivenUp(Exception):

@@ -6,6 +6,9 @@ import io
 import json
 import os
 import random
+import signal
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +17,10 @@ from typing import Any
 import pytest
 from sqlmodel import Session, SQLModel, select
 
-from common.errors import FailedPrecondition, InvalidArgument
+from common.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from common.settings import Settings
 from coordinator.offline import back_up, put_back
+from coordinator.services import backups
 from coordinator.services.backups import BackupCalls
 from coordinator.store import migrate, tables
 from coordinator.store.backup import dump
@@ -183,6 +187,17 @@ def test_a_restore_that_ends_half_way_leaves_nothing(source: str, target: str, f
     assert comparable(target) == comparable(source)
 
 
+def test_a_restore_that_is_killed_leaves_nothing_in_the_way_of_the_next(source: str, target: str, file: Path) -> None:
+    backed_up(source, file)
+    die = "lambda done, total: os.kill(os.getpid(), signal.SIGKILL) if done > total // 2 else None"
+    code = "import os, signal; from pathlib import Path; from coordinator.store.restore import restore; "
+    code += f"restore({target!r}, Path({str(file)!r}), {die})"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == -signal.SIGKILL
+    assert everything(target) == {}
+    restore(target, file)
+    assert comparable(target) == comparable(source)
+
+
 def test_a_store_that_is_not_empty_is_left_alone(store: Store, store_url: str, new_job: NewJob, source: str, file: Path) -> None:
     new_job()
     before = everything(store_url)
@@ -226,6 +241,17 @@ def test_offline_it_is_private_whole_and_never_written_over(source: str, tmp_pat
     assert said[-1]["restored"] == f"sqlite:///{tmp_path / 'b' / 'luthier.db'}"
     assert (tmp_path / "b" / "luthier.db").stat().st_mode & 0o777 == 0o600
     assert {path.name for path in file.parent.iterdir() if "backup" in path.name} == {file.name}
+
+
+async def test_a_disk_without_room_for_it_is_said(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(backups, "dump", full)
+    calls = BackupCalls()
+    calls._store, calls._home = store, tmp_path
+    with pytest.raises(ResourceExhausted, match=f"cannot write the backup to {tmp_path}, from where it is sent: No space left"):
+        _ = [part async for part in calls.BackupRecords(None, None)]  # type: ignore[arg-type]
 
 
 async def test_one_backup_at_a_time_and_one_that_is_given_up_makes_room(store: Store, tmp_path: Path) -> None:
