@@ -13,6 +13,7 @@ from dataclasses import replace
 from importlib import import_module
 from types import FrameType
 
+from agents import concealed
 from agents.failures import RunCancelled, outcome_of
 from agents.link import Link, claim, install_logging
 from agents.trail import Trail
@@ -46,6 +47,9 @@ def main() -> int:
         return 1
     # The token is spent; nothing that this process starts needs to see it.
     os.environ.pop("LUTHIER_CLAIM_TOKEN", None)
+    concealed.take(response.secrets)
+    # What is made of the claim may be written down, as Ray Tune does; the secrets go on by themselves.
+    response.ClearField("secrets")
     install_logging(link)
     who: dict[str, str | int] = {"luthier.job.uid": job_uid, "luthier.run": run}
     trail = link.trail = Trail("luthier-agent", f"run {response.job.WhichOneof('spec')}", response.trace_parent, **who)

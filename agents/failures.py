@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 
+from agents.concealed import blot
 from agents.link import Link
 from common.causes import BAD_DATA, OUT_OF_MEMORY, end_reason
 from common.errors import LuthierError
@@ -92,8 +93,9 @@ def job_error_of(error: BaseException, source: str, code: str = "RUN_ERROR") -> 
         )
     else:
         result.message = f"{type(error).__name__}: {_one_line(error)}"
-    result.message = result.message[:MESSAGE_LIMIT]
-    result.traceback = "".join(traceback.format_exception(error))[-TRACEBACK_LIMIT:]
+    # Blotted before they are cut: half a secret would not be recognised.
+    result.message = blot(result.message)[:MESSAGE_LIMIT]
+    result.traceback = blot("".join(traceback.format_exception(error)))[-TRACEBACK_LIMIT:]
     return result
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from agents import concealed
 from agents.channel import open_channel
 from agents.spool import Spool
 from agents.trail import Trail
@@ -232,6 +233,7 @@ class Link:
 
     def _put(self, report: agent_pb2.Report, urgent: bool = False) -> None:
         report.time.CopyFrom(_now())
+        concealed.blot_message(report)
         with self._state:
             if self._gone:
                 return
@@ -241,6 +243,7 @@ class Link:
                 self._state.notify_all()
 
     def _put_log(self, level: str, message: str, when: float | None) -> None:
+        message = concealed.blot(message)
         with self._state:
             if not self._gone:
                 self._spool.add_log(level, message, time.time() if when is None else when)

@@ -40,6 +40,15 @@ class AlgorithmName(StrEnum):
     asha = "asha"
 
 
+SecretOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Environment variable of the job's processes and the secret that fills it, HF_TOKEN=hub; may be repeated.",
+        metavar="VARIABLE=SECRET",
+    ),
+]
+
+
 @dataclass
 class JobFlags:
     """What every job can be given."""
@@ -49,6 +58,7 @@ class JobFlags:
     priority: Annotated[int, typer.Option(help="-100 to 100; more starts sooner.")] = 0
     time_limit: Annotated[str, typer.Option(help="Stop and fail it after this long: 90s, 30m, 2h.")] = ""
     after: Annotated[list[str] | None, typer.Option(help="Job that has to succeed first; may be repeated.", metavar="JOB")] = None
+    secret: SecretOption = None
     max_retries: Annotated[int | None, typer.Option(help="Retries after faults of the machines; 2 where absent.")] = None
     budget_cpu_hours: Annotated[float | None, typer.Option(help="CPU-hours that it may spend; a fine-tune then finishes.")] = None
     budget_gpu_hours: Annotated[float | None, typer.Option(help="GPU-hours that it may spend; a fine-tune then finishes.")] = None
@@ -229,6 +239,8 @@ def dress(job: Job, flags: JobFlags) -> Job:
     job.after.extend(flags.after or ())
     for key, value in pairs(flags.label or (), "--label", separator="").items():
         job.labels[key] = value
+    for variable, name in pairs(flags.secret or (), "--secret", separator="").items():
+        job.secrets[variable] = name
     _set(job.retry, max_retries=flags.max_retries)
     _set(job.budget, cpu_seconds=_seconds(flags.budget_cpu_hours), gpu_seconds=_seconds(flags.budget_gpu_hours))
     if flags.time_limit:

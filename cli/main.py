@@ -10,7 +10,21 @@ from collections.abc import Sequence
 import typer
 
 from cli.command import Shared, take_shared
-from cli.commands import backup, datasets, demo, doctor, endpoints, jobs, keys, models, projects, schedules, stack, train
+from cli.commands import (
+    backup,
+    datasets,
+    demo,
+    doctor,
+    endpoints,
+    jobs,
+    keys,
+    models,
+    projects,
+    schedules,
+    secrets,
+    stack,
+    train,
+)
 from cli.failures import FAILED, USAGE, explain, one_line
 
 INTERRUPTED = 130
@@ -35,7 +49,7 @@ doctor.register(app)
 demo.register(app)
 backup.register(app)
 train.register(app)
-for noun in (datasets, jobs, schedules, models, endpoints, projects, keys):
+for noun in (datasets, jobs, schedules, models, endpoints, secrets, projects, keys):
     app.add_typer(noun.app)
 
 

@@ -51,6 +51,11 @@ class Settings(BaseSettings):
     agent_key: str = Field("", description="File, on the cluster's nodes, with the private key of agent_cert.")
     gateway_host: str = Field("127.0.0.1", description="Address the HTTP gateway listens on.")
     gateway_port: int = Field(8000, ge=1, le=65535, description="Port of the HTTP gateway.")
+    secrets_key_path: Path | None = Field(
+        None,
+        description="File with the keys that secrets are encrypted with, one a line, the newest first; if empty, secrets.key in"
+        " the home, made at the first start. Several coordinators on one store need the same.",
+    )
     metrics_host: str = Field("127.0.0.1", description="Address that Prometheus asks for metrics.")
     metrics_port: int | None = Field(
         None, ge=0, le=65535, description="Port of the metrics; 0 picks a free one, and there are none if it is absent."

@@ -72,6 +72,7 @@ def job(
         etag=f'"{row.version}"',
         sequence=row.sequence,
         creator=row.creator,
+        secrets=row.secrets,
         cancel_requested=row.cancel_time is not None and row.end_time is None,
         pause_requested=row.pause_time is not None and row.end_time is None,
         after=after,

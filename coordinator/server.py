@@ -19,7 +19,7 @@ from sqlmodel import Session, select
 from common import tracing
 from common.errors import FailedPrecondition
 from common.settings import Settings
-from coordinator import metrics
+from coordinator import metrics, secret_store
 from coordinator.cluster.launcher import Launcher
 from coordinator.cluster.ray_cluster import RayCluster
 from coordinator.collector import Collector
@@ -39,6 +39,7 @@ from coordinator.services.jobs import JobService
 from coordinator.services.keys import Keys
 from coordinator.services.models import ModelService
 from coordinator.services.schedules import ScheduleService
+from coordinator.services.secrets import SecretService
 from coordinator.services.uploads import Staging
 from coordinator.store import tables
 from coordinator.store.database import Store
@@ -46,6 +47,7 @@ from coordinator.store.leader import Leadership
 from coordinator.store.migrate import upgrade
 from coordinator.store.restore import restored
 from coordinator.tls import agent_environment, server_credentials
+from coordinator.vault import Vault
 from luthier.agent.v1 import agent_pb2, agent_pb2_grpc
 from luthier.v1 import (
     admin_pb2,
@@ -60,6 +62,8 @@ from luthier.v1 import (
     model_pb2_grpc,
     schedule_pb2,
     schedule_pb2_grpc,
+    secret_pb2,
+    secret_pb2_grpc,
 )
 
 log = logging.getLogger(__name__)
@@ -84,6 +88,7 @@ SERVICES = tuple(
         (model_pb2, "ModelService"),
         (schedule_pb2, "ScheduleService"),
         (endpoint_pb2, "EndpointService"),
+        (secret_pb2, "SecretService"),
         (admin_pb2, "AdminService"),
         (agent_pb2, "AgentService"),
     )
@@ -118,7 +123,13 @@ async def serve(settings: Settings) -> None:
 async def _run(
     server: grpc.aio.Server, store: Store, notifier: Notifier, settings: Settings, address: str, metrics_address: str
 ) -> None:
-    secret = await store.write(lambda session: seed(session, settings.home))
+    vault = Vault.of(settings.secrets_key_path, settings.home)
+
+    def begin(session: Session) -> str:
+        secret_store.encrypt_anew(session, vault)
+        return seed(session, settings.home)
+
+    secret = await store.write(begin)
     cluster = RayCluster(settings.ray_address, settings.ray_token_path)
     traces = tracing.environment(settings.otlp_endpoint, settings.trace_sample_ratio)
     environment = agent_environment(settings) | traces
@@ -131,15 +142,17 @@ async def _run(
     status = static_status(address, store.kind, deployer.url, settings.ray_address, metrics_address)
     _watch(leadership, reconciler)
 
-    job_pb2_grpc.add_JobServiceServicer_to_server(JobService(store, notifier, reconciler), server)
+    job_pb2_grpc.add_JobServiceServicer_to_server(JobService(store, notifier, reconciler, vault), server)
     dataset_pb2_grpc.add_DatasetServiceServicer_to_server(DatasetService(store, notifier, staging, settings.storage), server)
     model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(store, notifier, staging, settings.storage), server)
+    secret_pb2_grpc.add_SecretServiceServicer_to_server(SecretService(store, vault), server)
     endpoints = EndpointService(store, notifier, reconciler, deployer)
     endpoint_pb2_grpc.add_EndpointServiceServicer_to_server(endpoints, server)
     schedule_pb2_grpc.add_ScheduleServiceServicer_to_server(ScheduleService(store, notifier, reconciler), server)
     admin = AdminService(store, notifier, reconciler, leadership, status, lambda: deployer.gateway_state, settings.home)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
-    agent_pb2_grpc.add_AgentServiceServicer_to_server(AgentService(store, notifier, secret, settings.storage, mark), server)
+    agent = AgentService(store, notifier, secret, settings.storage, vault, mark)
+    agent_pb2_grpc.add_AgentServiceServicer_to_server(agent, server)
     healthy = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

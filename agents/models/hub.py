@@ -79,14 +79,14 @@ def _told(repo: str, revision: str) -> Iterator[None]:
         yield
     except GatedRepoError as error:
         raise PermissionDenied(
-            f"{repo} is gated on the hub; accept its terms there and set HF_TOKEN on the cluster's nodes", "HUB_GATED"
+            f"{repo} is gated on the hub; accept its terms there and give the job a secret as HF_TOKEN", "HUB_GATED"
         ) from error
     except RevisionNotFoundError as error:
         raise NotFound(f"{repo} has no revision {revision!r} on the hub at {endpoint()}", "MODEL_NOT_FOUND") from error
     except RepositoryNotFoundError as error:
         raise NotFound(
-            f"there is no model {repo} on the hub at {endpoint()}, or it is private; check the name, or set HF_TOKEN on the "
-            "cluster's nodes",
+            f"there is no model {repo} on the hub at {endpoint()}, or it is private; check the name, or give the "
+            "job a secret as HF_TOKEN",
             "MODEL_NOT_FOUND",
         ) from error
     except HFValidationError as error:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ray._private.state import available_resources_per_node
 
+from agents import concealed
 from agents.cluster import connect
 from agents.evaluation.evaluate import headline
 from agents.evaluation.remote import evaluate_remotely
@@ -55,6 +56,7 @@ def run(link: Link, claim: agent_pb2.ClaimRunResponse) -> agent_pb2.OutcomeRepor
         use_gpu=use_gpu,
         resume_from=tuple((point.uri, point.manifest_sha256, point.step) for point in claim.resume_from),
         hang_seconds=claim.job.hang_timeout.ToMilliseconds() / 1000,
+        secrets=concealed.held(),
     )
     going_on = f", to go on from step {claim.resume_from[0].step}" if claim.resume_from else ""
     link.phase("starting", f"starting {config.workers} workers{going_on}")

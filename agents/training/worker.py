@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from agents import concealed
 from agents.failures import RunCancelled, RunFailed, is_peer_loss, job_error_of
 from agents.link import Link, LinkConfig, install_logging
 from agents.trail import Trail
@@ -55,6 +56,8 @@ class TrainPayload:
     resume_from: tuple[tuple[str, str, int], ...] = ()
     # How long a rank may stand still within a step; 0 for what its own steps suggest.
     hang_seconds: float = 0.0
+    # Values of the job's secrets by environment variable. Ray Train's record of a run has what its payload looks like.
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def config(self) -> TrainConfig:
@@ -109,6 +112,7 @@ def train_worker(
     Every exception is reported with this rank as its source before it leaves, so that the first failure is known as the root
     cause, whatever the other ranks raise when this one is gone.
     """
+    concealed.take(payload.secrets)
     environment.prepare(payload.use_gpu)
     import torch.distributed as dist
 
@@ -136,7 +140,8 @@ def train_worker(
             # That another rank went away is no cause. The rank that went tells it, or the driver where it could not.
             link.failure(cause)
         link.flush(FLUSH_SECONDS)
-        raise RunFailed.of(cause) from error
+        # Ray writes down what it is raised from, and there are secrets in that for all we know.
+        raise RunFailed.of(cause) from (None if payload.secrets else error)
     finally:
         unwatch()
         link.trail.end(failure)

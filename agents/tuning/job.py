@@ -6,7 +6,9 @@ import logging
 from collections.abc import Iterable
 
 import pyarrow.parquet as pq
+import ray
 
+from agents import concealed
 from agents.cluster import connect
 from agents.evaluation.evaluate import headline
 from agents.evaluation.remote import split_file
@@ -57,6 +59,7 @@ def run(link: Link, claim: agent_pb2.ClaimRunResponse) -> agent_pb2.OutcomeRepor
         metric=search.metric,
         train_rows=train_rows,
         judged_every=search.grace if search.algorithm == "asha" else 0.0,
+        secrets=ray.put(concealed.held()) if concealed.held() else None,
     )
     make_tuner(search, trainable(plan), board, claim.run_uri).fit()
     check_wish(link)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from agents import concealed
 from agents.evaluation.remote import evaluate_remotely
 from agents.failures import RunCancelled, RunFailed, job_error_of
 from agents.link import Link, LinkConfig, install_logging
@@ -40,6 +41,8 @@ class TrialPlan:
     train_rows: int
     # The part of its steps after which a trial is judged, over and over; 0 where trials are left alone.
     judged_every: float
+    # Reference to the values of the secrets in Ray's memory: Ray Tune writes its plans down.
+    secrets: Any = None
 
     @property
     def claimed(self) -> agent_pb2.ClaimRunResponse:
@@ -61,8 +64,11 @@ def run_trial(plan: TrialPlan, drawn: dict[str, Value]) -> None:
 
     A failure is reported, not raised: Ray Tune would keep no more of it than its text.
     """
+    import ray
     from ray import tune
 
+    if plan.secrets is not None:
+        concealed.take(ray.get(plan.secrets))
     name = trial_name(tune.get_context().get_trial_id())
     source = f"{name}/driver"
     with Link(plan.link, source) as link:
@@ -170,6 +176,7 @@ def _train_and_score(
         trial_split=spec.evaluation.split or "test",
         trial_max_rows=min(spec.evaluation.max_rows or JUDGED_ROWS, JUDGED_ROWS),
         hang_seconds=claim.job.hang_timeout.ToMilliseconds() / 1000,
+        secrets=concealed.held(),
     )
     trained = _train(payload, report)
     if trained.stopped:

@@ -11,9 +11,10 @@ from cli.command import command
 from cli.confirm import confirm
 from cli.context import Cli
 from cli.failures import Failure
+from cli.flags import SecretOption
 from cli.follow import follow, succeeded, upload_bar
 from cli.render.registry import lineage_tree, model_versions_table, model_view, models_table
-from cli.values import id_from
+from cli.values import id_from, pairs
 from luthier.client import short_name
 from luthier.client.names import full_version
 from luthier.v1 import model_pb2
@@ -31,6 +32,7 @@ def import_model(
     source: Annotated[str, typer.Argument(help="A local folder, builtin:tiny, or a hub id (org/name or hf:name).")],
     name: Annotated[str, typer.Option(help="Name of the model; by the source's name where absent.")] = "",
     request_id: Annotated[str, typer.Option(help="Makes the command safe to repeat: the same id gives the same version.")] = "",
+    secret: SecretOption = None,
 ) -> None:
     """Bring a model in, and print its version. A local folder is uploaded; other sources are fetched by a job."""
     folder = Path(source).expanduser()
@@ -44,7 +46,9 @@ def import_model(
         raise Failure(f"{source} {what}; a model is a folder with config.json, safetensors weights and tokenizer files", status=2)
     else:
         spec = ImportModelSpec(source=source, output_model=name or id_from(source.rpartition("/")[2].rpartition(":")[2]))
-        job = cli.client.create_job(Job(import_model=spec), request_id or None)
+        job = cli.client.create_job(
+            Job(import_model=spec, secrets=pairs(secret or (), "--secret", separator="")), request_id or None
+        )
         cli.out.say(f"job {short_name(job.name)} fetches {source}")
         job = follow(cli, job)
         if not succeeded(job):

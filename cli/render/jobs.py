@@ -91,6 +91,7 @@ def _head(job: Job) -> Table:
             ("progress", progress if running else ""),
             ("result", job.result.model_version),
             ("labels", ", ".join(f"{key}={value}" for key, value in sorted(job.labels.items()))),
+            ("secrets", ", ".join(f"{variable}={name}" for variable, name in sorted(job.secrets.items()))),
             ("after", ", ".join(short_name(name) for name in job.after)),
             ("priority", job.priority or ""),
             ("time limit", duration(job.time_limit) if job.HasField("time_limit") else ""),

@@ -15,6 +15,7 @@ from common.errors import AlreadyExists, InvalidArgument, Violation
 from common.names import parse
 from coordinator import messages
 from coordinator.jobs import records
+from coordinator.jobs import secrets as job_secrets
 from coordinator.jobs.admission import check_entitlement
 from coordinator.jobs.change import budget
 from coordinator.jobs.inputs import check_inputs
@@ -74,7 +75,7 @@ def insert(session: Session, request: Request, job: job_pb2.Job, resolved: Resol
     """Record a job and its first event, or return the one that the same request made before.
 
     Raises FailedPrecondition where its project may never hold so much or has spent its budget, InvalidArgument where a job that
-    it is to follow does not exist or did not succeed, NotFound where what it reads was deleted meanwhile.
+    it is to follow does not exist or did not succeed, NotFound where what it reads was deleted meanwhile or a secret is missing.
     """
     before = earlier(session, request)
     if before is not None:
@@ -83,6 +84,7 @@ def insert(session: Session, request: Request, job: job_pb2.Job, resolved: Resol
     check_entitlement(session, request.project, form.total(form.least))
     row = tables.Job(**columns(request, job, resolved))
     check_inputs(session, request.project, row.inputs["artifacts"])
+    job_secrets.check(session, request.project, row.secrets)
     followed = [_find(session, request.project, name, index) for index, name in enumerate(job.after)]
     if any(State(other.state) is not State.SUCCEEDED for other in followed):
         row.state = State.BLOCKED.value
@@ -126,6 +128,7 @@ def columns(request: Request, job: job_pb2.Job, resolved: Resolved) -> dict[str,
         "request_sha256": request.sha256,
         "creator": request.creator,
         "trace_parent": request.trace_parent,
+        "secrets": dict(job.secrets),
         "state": State.QUEUED.value,
         "sequence": 1,
         "create_time": moment,

@@ -32,8 +32,10 @@ class Resolved:
     labels: list[str] = field(default_factory=list)
 
 
-async def resolve(store: Store, project: str, job: job_pb2.Job, paths_allowed: bool) -> Resolved:
+async def resolve(store: Store, project: str, job: job_pb2.Job, paths_allowed: bool, hub_token: str = "") -> Resolved:
     """Look up the data set and the model of a job and write the versions they stand for into the job.
+
+    `hub_token` is what the hub is asked with, where that is not to be the coordinator's own.
 
     Raises NotFound, InvalidArgument, PermissionDenied or Unavailable, each naming the field.
     """
@@ -50,7 +52,7 @@ async def resolve(store: Store, project: str, job: job_pb2.Job, paths_allowed: b
         elif spec.checkpoints.metric == "eval_loss":
             _need_split(dataset, spec.evaluation.split or "test", f"{path}.evaluation.split", "judge checkpoints by")
         spec.output_model = spec.output_model or dataset.name.split("/")[3]
-        resolved.inputs["base"] = base = await model(store, project, spec.base, f"{path}.base", paths_allowed)
+        resolved.inputs["base"] = base = await model(store, project, spec.base, f"{path}.base", paths_allowed, hub_token)
         if base.model_kind == "adapter":
             why = f"{spec.base} is an adapter and cannot be trained on; name the model it adapts"
             raise InvalidArgument.of([Violation(f"{path}.base", why)])
@@ -59,15 +61,17 @@ async def resolve(store: Store, project: str, job: job_pb2.Job, paths_allowed: b
         dataset = await _dataset(store, project, job.evaluate, "job.evaluate.dataset", resolved)
         job.evaluate.split = job.evaluate.split or "test"
         _need_split(dataset, job.evaluate.split, "job.evaluate.split", "evaluate on")
-        resolved.inputs["model"] = await model(store, project, job.evaluate.model, "job.evaluate.model", paths_allowed)
+        resolved.inputs["model"] = await model(store, project, job.evaluate.model, "job.evaluate.model", paths_allowed, hub_token)
         job.evaluate.model = resolved.inputs["model"].name
     else:
         source = job.import_model.source
-        resolved.inputs["base"] = await model(store, project, source, "job.import_model.source", paths_allowed)
+        resolved.inputs["base"] = await model(store, project, source, "job.import_model.source", paths_allowed, hub_token)
     return resolved
 
 
-async def model(store: Store, project: str, text: str, where: str, paths_allowed: bool) -> agent_pb2.Artifact:
+async def model(
+    store: Store, project: str, text: str, where: str, paths_allowed: bool, hub_token: str = ""
+) -> agent_pb2.Artifact:
     """What the name of a model stands for; see `base` in training.proto for the forms it may have."""
     with _field(where):
         if text.startswith("builtin:"):
@@ -80,7 +84,7 @@ async def model(store: Store, project: str, text: str, where: str, paths_allowed
         if text.startswith("hf:") or ("/" in text and not text.startswith("projects/")):
             if not HUB_ID.fullmatch(hub_id) or ".." in hub_id:
                 raise InvalidArgument(f"{hub_id[:120]!r} is not an id of a model on a hub (org/name)")
-            return await asyncio.to_thread(_hub, hub_id)
+            return await asyncio.to_thread(_hub, hub_id, hub_token)
         ref = parse_version_ref(text, where, "models", project)
         return await store.read(lambda session: registered(find_model(session, project, ref)))
 
@@ -141,17 +145,22 @@ def _path(text: str, allowed: bool) -> agent_pb2.Artifact:
     return agent_pb2.Artifact(name=str(folder), kind="path", model_kind=check_model_folder(folder).kind)
 
 
-def _hub(hub_id: str) -> agent_pb2.Artifact:
+def _hub(hub_id: str, token: str = "") -> agent_pb2.Artifact:
     # Slow to import, and needed only where somebody names a hub's model.
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     try:
-        info = HfApi().model_info(hub_id, timeout=HUB_SECONDS)
+        info = HfApi(token=token or None).model_info(hub_id, timeout=HUB_SECONDS)
     except GatedRepoError as error:
-        raise FailedPrecondition(f"the hub wants its terms accepted for {hub_id!r} first", "BASE_GATED") from error
+        raise FailedPrecondition(
+            f"the hub wants its terms accepted for {hub_id!r} first, and the token of an account that did (secret HF_TOKEN)",
+            "BASE_GATED",
+        ) from error
     except RepositoryNotFoundError as error:
-        raise NotFound(f"there is no model {hub_id!r} on the hub, or it is private", "BASE_NOT_FOUND") from error
+        raise NotFound(
+            f"there is no model {hub_id!r} on the hub, or it is private and needs a token (secret HF_TOKEN)", "BASE_NOT_FOUND"
+        ) from error
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         why = f"the hub does not answer for {hub_id!r} ({type(error).__name__}); set HF_ENDPOINT, or import a local folder"
         raise Unavailable(why, "HUB_UNAVAILABLE") from error

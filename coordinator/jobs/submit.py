@@ -15,6 +15,7 @@ from sqlmodel import Session, SQLModel
 
 from common.errors import AlreadyExists, LuthierError
 from coordinator.jobs import create
+from coordinator.jobs import secrets as job_secrets
 from coordinator.jobs.admission import check_entitlement
 from coordinator.jobs.inputs import missing
 from coordinator.jobs.records import take_numbers
@@ -68,6 +69,9 @@ def _refused(session: Session, submissions: list[Submission]) -> dict[str, Luthi
     gone = missing(session, [(each.request.project, each.row["inputs"]["artifacts"]) for each in submissions])
     refused = {each.row["uid"]: error for each, error in zip(submissions, gone, strict=True) if error is not None}
     for submission in submissions:
+        wanted = job_secrets.missing(session, submission.request.project, submission.row["secrets"])
+        if wanted is not None:
+            refused[submission.row["uid"]] = wanted
         if submission.request.project in bounded:
             form = shape_of(submission.row["shape"], Demand())
             try:

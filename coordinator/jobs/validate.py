@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 from common.errors import InvalidArgument, Violation
 from common.keeping import Keep
 from common.names import ID, ID_RULE
+from coordinator.jobs import secrets as job_secrets
 from luthier.v1 import evaluation_pb2, job_pb2, sweep_pb2, training_pb2
 
 KINDS = ("finetune", "sweep", "evaluate", "import_model")
@@ -64,6 +65,7 @@ def validate(job: job_pb2.Job, methods: frozenset[str] | None = None) -> None:
     bad.check(job.kind in ("", kind), "job.kind", f"{job.kind!r} but the spec given is {kind!r}")
     terms(bad, job)
     bad.check(len(job.after) <= MAX_AFTER, "job.after", f"more than {MAX_AFTER} jobs")
+    bad.extend(job_secrets.violations(job.secrets))
     if kind == "finetune":
         finetune(bad, job.finetune, "job.finetune", methods)
     elif kind == "sweep":

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from google.protobuf.json_format import ParseDict
+from sqlmodel import Session
 
+from common.errors import LuthierError
 from coordinator import messages
 from coordinator.jobs import report
+from coordinator.jobs import secrets as job_secrets
 from coordinator.jobs.ending import checkpoints
 from coordinator.jobs.states import TERMINAL, EndReason, State
 from coordinator.notify import Notifier
 from coordinator.services.principal import Context
 from coordinator.store import tables
 from coordinator.store.database import Store
+from coordinator.vault import Vault
 from luthier.agent.v1 import agent_pb2, agent_pb2_grpc
 from luthier.v1 import job_pb2
 
@@ -25,7 +29,9 @@ RESUME_CHOICES = 3
 class AgentService(agent_pb2_grpc.AgentServiceServicer):
     """Takes claims and reports."""
 
-    def __init__(self, store: Store, notifier: Notifier, stack_secret: str, storage_uri: str, restored: str = "") -> None:
+    def __init__(
+        self, store: Store, notifier: Notifier, stack_secret: str, storage_uri: str, vault: Vault, restored: str = ""
+    ) -> None:
         """`restored` is what the store's latest restore is known by: runs that were begun after its backup are in none of the
         records, and have folders of the same numbers.
         """
@@ -34,11 +40,21 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         self._secret = stack_secret
         self._storage = storage_uri
         self._suffix = f"-{restored}" if restored else ""
+        self._vault = vault
 
     async def ClaimRun(self, request: agent_pb2.ClaimRunRequest, context: Context) -> agent_pb2.ClaimRunResponse:
         """See agent.proto."""
-        row = await self._store.write(lambda session: report.claim(session, self._secret, request))
+
+        def claim(session: Session) -> tuple[tables.Job, dict[str, str] | LuthierError]:
+            row = report.claim(session, self._secret, request)
+            return row, job_secrets.hand_over(session, self._vault, row)
+
+        row, secrets = await self._store.write(claim)
         self._notifier.notify(row.uid)
+        if isinstance(secrets, LuthierError):
+            # The run has ended by that, so that its agent has nothing to do.
+            self._notifier.notify("scheduler")
+            raise secrets
         response = agent_pb2.ClaimRunResponse(
             job=messages.job(row),
             run_uri=f"{self._storage}/jobs/{row.uid}/run-{row.run}{self._suffix}",
@@ -46,6 +62,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
             report_interval=REPORT_INTERVAL,
             labels=row.inputs.get("labels", []),
             trace_parent=row.trace_parent,
+            secrets=secrets,
         )
         points = await self._store.read(lambda session: checkpoints(session, row, RESUME_CHOICES))
         response.resume_from.extend(messages.checkpoint(row, point) for point in points)

@@ -9,27 +9,36 @@ from sqlalchemy import tuple_
 from sqlmodel import Session, col, select
 
 from common.errors import InvalidArgument, LuthierError, Violation
-from coordinator import messages
+from coordinator import messages, secret_store
 from coordinator.collector import TOPIC as COLLECTOR
 from coordinator.jobs import create, submit
+from coordinator.jobs import secrets as job_secrets
 from coordinator.jobs.change import Change
+from coordinator.jobs.reconcile import Reconciler
 from coordinator.jobs.resolve import resolve
 from coordinator.jobs.resources import fill_in
 from coordinator.jobs.states import EndReason
 from coordinator.jobs.submit import Submission
 from coordinator.jobs.validate import validate
 from coordinator.jobs.wishes import wish_end, wish_pause, wish_resume
+from coordinator.notify import Notifier
 from coordinator.removal import delete_job
 from coordinator.services import paging
 from coordinator.services.job_history import JobHistory
 from coordinator.services.job_lookup import find_job, parse_filter, say_what_blocks, with_queue
 from coordinator.services.principal import OPERATOR, Context, principal
 from coordinator.store import tables
+from coordinator.store.database import Store
+from coordinator.vault import Vault
 from luthier.v1 import job_pb2
 
 
 class JobService(JobHistory):
     """Translates calls about jobs."""
+
+    def __init__(self, store: Store, notifier: Notifier, reconciler: Reconciler, vault: Vault) -> None:
+        super().__init__(store, notifier, reconciler)
+        self._vault = vault
 
     async def CreateJob(self, request: job_pb2.CreateJobRequest, context: Context) -> job_pb2.CreateJobResponse:
         """See job.proto."""
@@ -44,7 +53,8 @@ class JobService(JobHistory):
             validate(job)
             capacity = self._reconciler.queue.capacity
             fill_in(job, capacity is not None and capacity.total.gpus > 0)
-            resolved = await resolve(self._store, who.project, job, paths_allowed=who.role >= OPERATOR)
+            token = await self._hub_token(who.project, job)
+            resolved = await resolve(self._store, who.project, job, who.role >= OPERATOR, token)
         except LuthierError:
             # Said again, a request gets the job that it made, even where it could not make one now.
             before = await self._store.read(lambda session: create.earlier(session, identity))
@@ -63,6 +73,15 @@ class JobService(JobHistory):
             made = messages.new_job(row, job) if row.uid == submission.row["uid"] else messages.job(row)
         self._notifier.notify("scheduler")
         return job_pb2.CreateJobResponse(job=made)
+
+    async def _hub_token(self, project: str, job: job_pb2.Job) -> str:
+        """The token that the job's own processes will ask a hub with. Raises NotFound where a secret of the job is missing."""
+        if not job.secrets:
+            return ""
+        await self._store.read(lambda session: job_secrets.check(session, project, job.secrets))
+        wanted = {name: job.secrets[name] for name in (job_secrets.HUB_TOKEN,) if name in job.secrets}
+        found = await self._store.read(lambda session: secret_store.values(session, self._vault, project, wanted))
+        return found.get(job_secrets.HUB_TOKEN, "")
 
     async def GetJob(self, request: job_pb2.GetJobRequest, context: Context) -> job_pb2.GetJobResponse:
         """See job.proto."""

@@ -134,6 +134,8 @@ class Job(SQLModel, table=True):
     creator: str = ""
     # Id of the schedule that created it.
     schedule: str = ""
+    # Names of secrets, by the environment variables that its processes get them in.
+    secrets: dict[str, str] = _json()
 
     state: str
     end_reason: str = "UNSPECIFIED"
@@ -359,6 +361,17 @@ class Endpoint(SQLModel, table=True):
     ready_replicas: dict[str, int] = _json()
     cpus: float = 0.0
     gpus: float = 0.0
+    create_time: datetime = _time()
+    update_time: datetime = _time()
+
+
+class Secret(SQLModel, table=True):
+    """A secret of a project, encrypted (see vault.py); `key_id` says under which key."""
+
+    project_id: str = Field(primary_key=True, foreign_key="project.id")
+    id: str = Field(primary_key=True)
+    key_id: str
+    ciphertext: str = Field(sa_column=Column(Text, nullable=False))
     create_time: datetime = _time()
     update_time: datetime = _time()
 

@@ -17,6 +17,8 @@ from luthier.v1 import (
     endpoint_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
+    secret_pb2,
+    secret_pb2_grpc,
 )
 from tests.support.fake_calls import Failure, Service, page, refuse
 
@@ -197,6 +199,24 @@ class Endpoints(Service, endpoint_pb2_grpc.EndpointServiceServicer):
         endpoint = self.fake.find(context, self.fake.endpoints, request.name)
         endpoint.state = endpoint_pb2.ENDPOINT_STATE_DELETING
         return endpoint_pb2.DeleteEndpointResponse(endpoint=endpoint)
+
+
+class Secrets(Service, secret_pb2_grpc.SecretServiceServicer):
+    def SetSecret(self, request: Any, context: Any) -> Any:
+        self.fake.enter(context, "SetSecret", request)
+        secret = self.fake.secrets.setdefault(request.name, secret_pb2.Secret(name=request.name))
+        secret.update_time.GetCurrentTime()
+        return secret_pb2.SetSecretResponse(secret=secret)
+
+    def ListSecrets(self, request: Any, context: Any) -> Any:
+        self.fake.enter(context, "ListSecrets", request)
+        secrets, token = page([self.fake.secrets[name] for name in sorted(self.fake.secrets)], request)
+        return secret_pb2.ListSecretsResponse(secrets=secrets, next_page_token=token)
+
+    def DeleteSecret(self, request: Any, context: Any) -> Any:
+        self.fake.enter(context, "DeleteSecret", request)
+        del self.fake.secrets[self.fake.find(context, self.fake.secrets, request.name).name]
+        return secret_pb2.DeleteSecretResponse()
 
 
 class Admin(Service, admin_pb2_grpc.AdminServiceServicer):

@@ -1,4 +1,4 @@
-"""A coordinator without a coordinator: the five services in memory behind a real gRPC server, for tests of clients and CLI.
+"""A coordinator without a coordinator: the services in memory behind a real gRPC server, for tests of clients and CLI.
 
 It speaks the contract (statuses, error details, paging, request ids, numbered events) and runs nothing. Tests set what it holds,
 queue failures with `fail`, and cut its streams with `cut_streams_after`.
@@ -28,9 +28,11 @@ from luthier.v1 import (
     job_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
+    secret_pb2,
+    secret_pb2_grpc,
 )
 from tests.support.fake_calls import Failure, Recorded, Service, page, refuse
-from tests.support.fake_registry import Admin, Datasets, Endpoints, Models
+from tests.support.fake_registry import Admin, Datasets, Endpoints, Models, Secrets
 
 __all__ = ["TOKEN", "Failure", "FakeCoordinator"]
 
@@ -51,6 +53,7 @@ class FakeCoordinator:
     models: dict[str, list[model_pb2.ModelVersion]] = field(default_factory=lambda: defaultdict(list))
     lineage: dict[str, list[model_pb2.LineageNode]] = field(default_factory=lambda: defaultdict(list))
     endpoints: dict[str, endpoint_pb2.Endpoint] = field(default_factory=dict)
+    secrets: dict[str, secret_pb2.Secret] = field(default_factory=dict)
     keys: list[admin_pb2.Key] = field(default_factory=list)
     projects: dict[str, admin_pb2.Project] = field(default_factory=dict)
     status: admin_pb2.GetStatusResponse = field(default_factory=admin_pb2.GetStatusResponse)
@@ -85,6 +88,7 @@ class FakeCoordinator:
         dataset_pb2_grpc.add_DatasetServiceServicer_to_server(Datasets(self), server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(Models(self), server)
         endpoint_pb2_grpc.add_EndpointServiceServicer_to_server(Endpoints(self), server)
+        secret_pb2_grpc.add_SecretServiceServicer_to_server(Secrets(self), server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(Admin(self), server)
         self.port = server.add_insecure_port(f"127.0.0.1:{self.port}")
         server.start()

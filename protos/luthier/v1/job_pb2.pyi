@@ -231,6 +231,26 @@ class Job(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class SecretsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     UID_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
@@ -241,6 +261,7 @@ class Job(_message.Message):
     AFTER_FIELD_NUMBER: _builtins.int
     RETRY_FIELD_NUMBER: _builtins.int
     BUDGET_FIELD_NUMBER: _builtins.int
+    SECRETS_FIELD_NUMBER: _builtins.int
     HANG_TIMEOUT_FIELD_NUMBER: _builtins.int
     FINETUNE_FIELD_NUMBER: _builtins.int
     SWEEP_FIELD_NUMBER: _builtins.int
@@ -319,6 +340,10 @@ class Job(_message.Message):
         """What it may spend over all its runs. A fine-tune that has spent it stops, and what it has learned by then is its result."""
 
     @_builtins.property
+    def secrets(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Secrets of the project that the processes of its runs get as environment variables: variable to secret (HF_TOKEN to hub-token)."""
+
+    @_builtins.property
     def hang_timeout(self) -> _duration_pb2.Duration:
         """How long the ranks of a fine-tune may stand still within a step before the run is ended with END_REASON_HANG, which is tried
         again. Where absent, 20 times the median step and at least 5 minutes. Loading, the first step, scoring and saving may take an
@@ -394,6 +419,7 @@ class Job(_message.Message):
         after: _abc.Iterable[_builtins.str] | None = ...,
         retry: Global___RetryPolicy | None = ...,
         budget: Global___Budget | None = ...,
+        secrets: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         hang_timeout: _duration_pb2.Duration | None = ...,
         finetune: _training_pb2.FinetuneSpec | None = ...,
         sweep: _sweep_pb2.SweepSpec | None = ...,
@@ -422,7 +448,7 @@ class Job(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "evaluate", b"evaluate", "finetune", b"finetune", "hang_timeout", b"hang_timeout", "import_model", b"import_model", "progress", b"progress", "queue", b"queue", "result", b"result", "retry", b"retry", "spec", b"spec", "start_time", b"start_time", "sweep", b"sweep", "time_limit", b"time_limit", "update_time", b"update_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "attempt", b"attempt", "budget", b"budget", "cancel_requested", b"cancel_requested", "create_time", b"create_time", "creator", b"creator", "display_name", b"display_name", "end_reason", b"end_reason", "end_time", b"end_time", "error", b"error", "etag", b"etag", "evaluate", b"evaluate", "finetune", b"finetune", "hang_timeout", b"hang_timeout", "import_model", b"import_model", "kind", b"kind", "labels", b"labels", "name", b"name", "pause_requested", b"pause_requested", "priority", b"priority", "progress", b"progress", "queue", b"queue", "result", b"result", "retry", b"retry", "run", b"run", "runs", b"runs", "schedule", b"schedule", "sequence", b"sequence", "spec", b"spec", "start_time", b"start_time", "state", b"state", "sweep", b"sweep", "time_limit", b"time_limit", "uid", b"uid", "update_time", b"update_time", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "attempt", b"attempt", "budget", b"budget", "cancel_requested", b"cancel_requested", "create_time", b"create_time", "creator", b"creator", "display_name", b"display_name", "end_reason", b"end_reason", "end_time", b"end_time", "error", b"error", "etag", b"etag", "evaluate", b"evaluate", "finetune", b"finetune", "hang_timeout", b"hang_timeout", "import_model", b"import_model", "kind", b"kind", "labels", b"labels", "name", b"name", "pause_requested", b"pause_requested", "priority", b"priority", "progress", b"progress", "queue", b"queue", "result", b"result", "retry", b"retry", "run", b"run", "runs", b"runs", "schedule", b"schedule", "secrets", b"secrets", "sequence", b"sequence", "spec", b"spec", "start_time", b"start_time", "state", b"state", "sweep", b"sweep", "time_limit", b"time_limit", "uid", b"uid", "update_time", b"update_time", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["finetune", "sweep", "evaluate", "import_model"]  # noqa: Y015
     _WhichOneofArgType_spec: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015

@@ -64,4 +64,7 @@ def tenants(coordinator: CoordinatorProcess, client: Client) -> Iterator[Tenants
         furnish(coordinator, project)
     address = coordinator.address
     with Client(address, keys[0], project="ours") as ours, Client(address, keys[1], project="theirs") as theirs:
+        for tenant in (ours, theirs):
+            tenant.set_secret("token", f"the token of {tenant.project}")
+        theirs.set_secret("theirs-alone", "something of theirs")
         yield Tenants(ours, theirs, *keys)

@@ -13,13 +13,23 @@ from google.protobuf.message import Message
 from coordinator.services.jobs import JobService
 from luthier.client import LuthierError, NotFound, PermissionDenied
 from luthier.client.errors import from_call
-from luthier.v1 import admin_pb2, dataset_pb2, endpoint_pb2, job_pb2, job_pb2_grpc, model_pb2, schedule_pb2, training_pb2
+from luthier.v1 import (
+    admin_pb2,
+    dataset_pb2,
+    endpoint_pb2,
+    job_pb2,
+    job_pb2_grpc,
+    model_pb2,
+    schedule_pb2,
+    secret_pb2,
+    training_pb2,
+)
 from tests.support.coordinator_process import CoordinatorProcess
 from tests.support.tenants import Tenants
 
 METHODS: list[MethodDescriptor] = [
     method
-    for module in (job_pb2, dataset_pb2, model_pb2, schedule_pb2, endpoint_pb2, admin_pb2)
+    for module in (job_pb2, dataset_pb2, model_pb2, schedule_pb2, endpoint_pb2, secret_pb2, admin_pb2)
     for service in module.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 ]
@@ -67,6 +77,9 @@ TAKES: dict[str, tuple[str, str] | None] = {
     "GetEndpoint": ("name", "projects/{project}/endpoints/desk"),
     "ListEndpoints": ("parent", PARENT),
     "DeleteEndpoint": ("name", "projects/{project}/endpoints/desk"),
+    "SetSecret": ("name", "projects/{project}/secrets/token"),
+    "ListSecrets": ("parent", PARENT),
+    "DeleteSecret": ("name", "projects/{project}/secrets/token"),
     "CreateKey": ("parent", PARENT),
     "ListKeys": ("parent", PARENT),
     "RevokeKey": ("name", "projects/{project}/keys/key-of-theirs"),
@@ -81,7 +94,10 @@ TAKES: dict[str, tuple[str, str] | None] = {
 NAMED = [method for method in METHODS if TAKES.get(method.name)]
 FOR_OPERATORS = {"CreateProject", "UpdateProject", "BackupRecords"}
 # These end what the tests of the other calls look at; one test calls them at the end.
-ENDING = {"CancelJob", "RevokeKey", "DeleteEndpoint", "DeleteJob", "DeleteDatasetVersion", "DeleteModelVersion", "DeleteSchedule"}
+ENDING = {
+    *("CancelJob", "RevokeKey", "DeleteEndpoint", "DeleteJob", "DeleteDatasetVersion", "DeleteModelVersion"),
+    *("DeleteSchedule", "DeleteSecret"),
+}
 # What makes the call a good one apart from its name, so that nothing else can be what is refused.
 BESIDES: dict[str, dict[str, str]] = {
     "UploadDataset": {"header.dataset_id": "rows"},
@@ -90,6 +106,7 @@ BESIDES: dict[str, dict[str, str]] = {
     "SetAlias": {"alias": "champion"},
     "CreateSchedule": {"schedule_id": "hourly"},
     "RunSchedule": {"request_id": "r-1"},
+    "SetSecret": {"value": "a-new-value"},
 }
 
 
@@ -178,7 +195,7 @@ def test_the_same_names_are_found_by_the_project_that_has_them(
 def test_nothing_of_another_project_is_listed(tenants: Tenants) -> None:
     ours = tenants.ours
     for listed in (
-        [*ours.list_jobs(), *ours.list_datasets(), *ours.list_models(), *ours.list_endpoints()],
+        [*ours.list_jobs(), *ours.list_datasets(), *ours.list_models(), *ours.list_endpoints(), *ours.list_secrets()],
         ours.list_keys(),
         ours.list_projects(),
     ):
@@ -202,8 +219,15 @@ def test_nothing_of_another_project_is_listed(tenants: Tenants) -> None:
             job_pb2.Job(import_model={"source": "projects/theirs/models/own/versions/1", "output_model": "x"}),  # type: ignore[arg-type]
             "job.import_model.source",
         ),
+        (
+            job_pb2.Job(
+                import_model={"source": "builtin:tiny", "output_model": "x"},  # type: ignore[arg-type]
+                secrets={"HF_TOKEN": "theirs-alone"},
+            ),
+            "job.secrets.HF_TOKEN",
+        ),
     ],
-    ids=["dataset", "model"],
+    ids=["dataset", "model", "secret"],
 )
 def test_a_job_reads_nothing_of_another_project(tenants: Tenants, job: job_pb2.Job, field: str) -> None:
     with pytest.raises(NotFound) as caught:
@@ -231,6 +255,7 @@ def test_they_may_end_what_is_theirs(coordinator: CoordinatorProcess, tenants: T
     theirs.delete_job("ft-1")
     theirs.delete_dataset_version("rows@1")
     theirs.delete_model_version("own@1")
+    theirs.delete_secret("token")
     assert [*theirs.list_jobs(), *theirs.list_datasets(), *theirs.list_models()] == []
     assert theirs.get_project().jobs["CANCELLED"] == 0
     assert [job.name for job in tenants.ours.list_jobs()] == ["projects/ours/jobs/ft-1"]

@@ -95,6 +95,7 @@ def test_help_is_shown_where_no_command_is_given(luthier) -> None:
         "dataset",
         "model",
         "endpoint",
+        "secret",
         "project",
         "key",
     ):

@@ -160,6 +160,26 @@ class ClaimRunResponse(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class SecretsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     JOB_FIELD_NUMBER: _builtins.int
     INPUTS_FIELD_NUMBER: _builtins.int
     RUN_URI_FIELD_NUMBER: _builtins.int
@@ -168,6 +188,7 @@ class ClaimRunResponse(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     RESUME_FROM_FIELD_NUMBER: _builtins.int
     TRACE_PARENT_FIELD_NUMBER: _builtins.int
+    SECRETS_FIELD_NUMBER: _builtins.int
     run_uri: _builtins.str
     """Folder in storage that this run may write to."""
     storage_uri: _builtins.str
@@ -192,6 +213,10 @@ class ClaimRunResponse(_message.Message):
     def resume_from(self) -> _containers.RepeatedCompositeFieldContainer[_job_pb2.Checkpoint]:
         """Published checkpoints to go on from, best first: where one is damaged, the next is used. Empty for a start from the beginning."""
 
+    @_builtins.property
+    def secrets(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Values of the job's secrets by environment variable. In no other message, and never in a log or a file."""
+
     def __init__(
         self,
         *,
@@ -203,10 +228,11 @@ class ClaimRunResponse(_message.Message):
         labels: _abc.Iterable[_builtins.str] | None = ...,
         resume_from: _abc.Iterable[_job_pb2.Checkpoint] | None = ...,
         trace_parent: _builtins.str = ...,
+        secrets: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "job", b"job", "labels", b"labels", "report_interval", b"report_interval", "resume_from", b"resume_from", "run_uri", b"run_uri", "storage_uri", b"storage_uri", "trace_parent", b"trace_parent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "job", b"job", "labels", b"labels", "report_interval", b"report_interval", "resume_from", b"resume_from", "run_uri", b"run_uri", "secrets", b"secrets", "storage_uri", b"storage_uri", "trace_parent", b"trace_parent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
