@@ -31,6 +31,9 @@ class Hub:
     url: str = ""
     requests: list[str] = field(default_factory=list)
     gated: set[str] = field(default_factory=set)
+    # Repositories that are there for whoever shows a token, and the tokens that were shown.
+    tokens: dict[str, str] = field(default_factory=dict)
+    shown: list[str] = field(default_factory=list)
 
     def commit(self, repo: str) -> str:
         """Return the commit of a repository: a hash of its files."""
@@ -93,7 +96,9 @@ class _Handler(BaseHTTPRequestHandler):
             match = pattern.fullmatch(path)
             if match:
                 repo, revision = match[1], match[2]
-                if repo not in self.hub.repositories:
+                shown = self.headers.get("Authorization", "").removeprefix("Bearer ")
+                self.hub.shown.append(shown)
+                if repo not in self.hub.repositories or self.hub.tokens.get(repo, shown) != shown:
                     self._error(404, "RepoNotFound", "Repository not found")
                 elif repo in self.hub.gated:
                     self._error(403, "GatedRepo", "Access to this model is restricted")
