@@ -178,4 +178,5 @@ def key(row: tables.ApiKey) -> admin_pb2.Key:
         create_time=stamp(row.create_time),
         expire_time=stamp(row.expire_time),
         revoke_time=stamp(row.revoke_time),
+        scopes=row.scopes,
     )

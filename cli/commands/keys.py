@@ -37,9 +37,16 @@ def create(
         RoleName, typer.Option(help="What it may do. An operator's runs the stack: projects, and the keys of all of them.")
     ] = RoleName.editor,
     expires_in: Annotated[str, typer.Option(help="How long it counts, for example 30m, 12h or 90d. For ever where absent.")] = "",
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="All that it may touch, within its role: jobs, datasets, models, endpoints, secrets, keys, members, projects; "
+            "jobs:read and the like for looking only; endpoints/NAME for querying one. May be repeated."
+        ),
+    ] = None,
 ) -> None:
     """Make a key of a project (--project). Its secret is shown now and never again."""
-    key = Key(display_name=name or role.value, role=Role.Value(f"ROLE_{role.value.upper()}"))
+    key = Key(display_name=name or role.value, role=Role.Value(f"ROLE_{role.value.upper()}"), scopes=scope)
     if expires_in:
         key.expire_time.FromDatetime(datetime.now(UTC) + timedelta(seconds=duration(expires_in, "--expires-in")))
     answer = cli.client.admin.CreateKey(admin_pb2.CreateKeyRequest(parent=cli.client.parent, key=key))

@@ -64,6 +64,7 @@ class KeyEntry:
     key: str
     role: str  # query, viewer, editor or admin, with or without the prefix ROLE_
     expire_time: float | None = None  # seconds since 1970
+    scopes: Sequence[str] = ()  # none: whatever the role allows
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class Snapshot:
                 "key": key.key,
                 "role": key.role,
                 "expire_time": key.expire_time,
+                "scopes": sorted(key.scopes),
             }
             for key in sorted(self.keys, key=lambda key: key.token_sha256)
         }

@@ -212,7 +212,7 @@ def apps_of(endpoint: tables.Endpoint) -> list[tuple[endpoint_pb2.Route, ModelAp
 def _key(row: tables.ApiKey) -> KeyEntry:
     role = admin_pb2.Role.Name(admin_pb2.Role.ValueType(row.role))
     expires = row.expire_time.timestamp() if row.expire_time else None
-    return KeyEntry(row.token_sha256, row.project_id, row.id, role, expires)
+    return KeyEntry(row.token_sha256, row.project_id, row.id, role, expires, row.scopes)
 
 
 def _read(session: Session) -> tuple[Sequence[tables.Endpoint], Sequence[tables.ApiKey]]:

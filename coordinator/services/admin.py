@@ -13,6 +13,7 @@ from pathlib import Path
 from sqlalchemy import func, tuple_
 from sqlmodel import Session, col, select
 
+from common import scopes
 from common.errors import InvalidArgument, NotFound, PermissionDenied, Violation
 from coordinator import messages
 from coordinator.jobs.reconcile import Reconciler
@@ -65,9 +66,14 @@ class AdminService(ProjectCalls, BackupCalls, admin_pb2_grpc.AdminServiceService
         expires = key.expire_time.ToDatetime(tzinfo=UTC) if key.HasField("expire_time") else None
         if expires is not None and expires <= now():
             bad.append(Violation("key.expire_time", "lies in the past"))
+        said = [(f"key.scopes[{index}]", scopes.problem(scope)) for index, scope in enumerate(key.scopes)]
+        bad += [Violation(field, why) for field, why in said if why]
+        if len(key.scopes) > scopes.MOST:
+            bad.append(Violation("key.scopes", f"{len(key.scopes)} scopes; {scopes.MOST} are the most"))
         if bad:
             raise InvalidArgument.of(bad)
         not_above(who, key.role, "key.role", "makes")
+        not_beyond(who, key.scopes, "key.scopes", "makes")
         token = new_key()
         row = tables.ApiKey(
             id=f"key-{secrets.token_hex(5)}",
@@ -77,6 +83,7 @@ class AdminService(ProjectCalls, BackupCalls, admin_pb2_grpc.AdminServiceService
             token_sha256=sha256(token),
             create_time=now(),
             expire_time=expires,
+            scopes=sorted(set(key.scopes)),
         )
 
         def work(session: Session) -> None:
@@ -119,6 +126,7 @@ class AdminService(ProjectCalls, BackupCalls, admin_pb2_grpc.AdminServiceService
             if row is None or row.project_id != project_id:
                 raise NotFound(f"there is no key {key_id!r}; `luthier key list` shows those there are", "KEY_NOT_FOUND")
             not_above(who, row.role, "name", "revokes")
+            not_beyond(who, row.scopes, "name", "revokes")
             row.revoke_time = row.revoke_time or now()
             session.add(row)
             return row
@@ -150,7 +158,8 @@ class AdminService(ProjectCalls, BackupCalls, admin_pb2_grpc.AdminServiceService
             response.ray.cpus, response.ray.gpus = capacity.total.cpus, capacity.total.gpus
             response.ray.cpus_free = max(capacity.total.cpus - held.cpus, 0)
             response.ray.gpus_free = max(capacity.total.gpus - held.gpus, 0)
-        response.jobs.update(dict(counts))
+        if who.may("jobs" + scopes.READ):
+            response.jobs.update(dict(counts))
         return response
 
 
@@ -160,6 +169,14 @@ def not_above(who: Principal, role: int, field: str, does: str) -> None:
         mine, other = (admin_pb2.Role.Name(admin_pb2.Role.ValueType(each)) for each in (who.role, role))
         why = f"a key with {mine} {does} none with {other}; ask somebody whose key has that role"
         raise PermissionDenied(f"{field}: {why}", "ROLE_TOO_LOW", [Violation(field, why)])
+
+
+def not_beyond(who: Principal, wanted: Sequence[str], field: str, does: str) -> None:
+    """Refuse to touch a key whose scopes reach beyond the caller's own. Raises PermissionDenied naming the field."""
+    more = scopes.beyond(who.scopes, wanted)
+    if more:
+        why = f"a key with the scopes {', '.join(who.scopes)} {does} none with {', '.join(more)}; ask somebody whose key has that"
+        raise PermissionDenied(f"{field}: {why}", "SCOPE_MISSING", [Violation(field, why)])
 
 
 def static_status(address: str, store: str, gateway_url: str, ray_address: str, metrics: str) -> admin_pb2.GetStatusResponse:

@@ -17,7 +17,7 @@ from grpc_status import rpc_status
 from common.errors import Internal, LuthierError, PermissionDenied, Unauthenticated
 from coordinator import metrics
 from coordinator.services.keys import Keys
-from coordinator.services.principal import NEEDS, OPEN, VIEWER, Context, current
+from coordinator.services.principal import NEEDS, OPEN, VIEWER, Context, check_scope, current
 from coordinator.services.traced import Traced
 from luthier.v1 import admin_pb2
 
@@ -85,6 +85,8 @@ class Guard(grpc.aio.ServerInterceptor):
         if needed is None or who.role < needed:
             word = admin_pb2.Role.Name(needed).removeprefix("ROLE_").lower() if needed else "that does not exist"
             raise PermissionDenied(f"this call needs a key with the role {word} or more", "ROLE_TOO_LOW")
+        if method in NEEDS:
+            check_scope(who, method)
         current.set(who)
 
     def _unary(self, behaviour: Callable[..., Any], method: str) -> Callable[..., Awaitable[Any]]:

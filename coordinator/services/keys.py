@@ -75,4 +75,4 @@ def _check(row: tables.ApiKey) -> None:
 
 
 def _principal(row: tables.ApiKey) -> Principal:
-    return Principal(row.project_id, row.id, row.display_name, admin_pb2.Role.ValueType(row.role))
+    return Principal(row.project_id, row.id, row.display_name, admin_pb2.Role.ValueType(row.role), tuple(row.scopes))

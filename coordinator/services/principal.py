@@ -6,7 +6,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from common.errors import NotFound, Unauthenticated
+from common import scopes
+from common.errors import NotFound, PermissionDenied, Unauthenticated
 from common.names import parse
 from luthier.v1 import admin_pb2
 
@@ -74,6 +75,27 @@ NEEDS: dict[str, admin_pb2.Role.ValueType] = {
 }
 """The least role for every call that takes a key. A call that is missing here is refused."""
 
+NOUNS: dict[str, str] = {
+    "/luthier.v1.JobService/": "jobs",
+    "/luthier.v1.DatasetService/": "datasets",
+    "/luthier.v1.ModelService/": "models",
+    "/luthier.v1.EndpointService/": "endpoints",
+    "/luthier.v1.SecretService/": "secrets",
+    "/luthier.v1.AdminService/CreateKey": "keys",
+    "/luthier.v1.AdminService/ListKeys": "keys",
+    "/luthier.v1.AdminService/RevokeKey": "keys",
+    "/luthier.v1.AdminService/CreateProject": "projects",
+    "/luthier.v1.AdminService/GetProject": "projects",
+    "/luthier.v1.AdminService/ListProjects": "projects",
+    "/luthier.v1.AdminService/UpdateProject": "projects",
+    "/luthier.v1.AdminService/GetStatus": "",
+}
+"""What each call is about, for keys with scopes: a whole service, or one call. Nothing where any key may, and a call that is
+missing here is refused to keys with scopes."""
+
+READS = ("Get", "List", "Watch", "Tail", "Estimate")
+"""What the names of calls begin with that only look."""
+
 OPEN = ("/grpc.health.v1.Health/", "/luthier.agent.v1.AgentService/")
 """Services that take no key: health tells nothing, and agents prove themselves by their run's secret."""
 
@@ -86,6 +108,7 @@ class Principal:
     key_id: str
     display_name: str
     role: admin_pb2.Role.ValueType
+    scopes: tuple[str, ...] = ()
 
     def own(self, name: str, *collections: str, field: str = "name") -> tuple[str, ...]:
         """Ids of a resource name without its project. Another project's name is NotFound, whether or not it exists."""
@@ -100,6 +123,25 @@ class Principal:
         if self.role < OPERATOR and project != self.project:
             raise NotFound(f"there is no {name}")
         return project, *ids
+
+    def may(self, scope: str) -> bool:
+        """Whether the key's scopes allow what needs `scope`."""
+        return scopes.allowed(self.scopes, scope)
+
+
+def scope_of(method: str) -> str | None:
+    """The scope that a call needs of a key that has scopes; empty where any will do, None for a call that nobody listed."""
+    service, _, name = method.rpartition("/")
+    noun = NOUNS.get(method, NOUNS.get(f"{service}/"))
+    return noun + scopes.READ if noun and name.startswith(READS) else noun
+
+
+def check_scope(who: Principal, method: str) -> None:
+    """Raise PermissionDenied, naming the scope, where the key behind a call has scopes and none of them allows it."""
+    needed = scope_of(method)
+    if who.scopes and needed != "" and (needed is None or not who.may(needed)):
+        lacks = f"the scope {needed}" if needed else "a scope for this call; make one without scopes"
+        raise PermissionDenied(f"this key lacks {lacks}; it has {', '.join(who.scopes)}", "SCOPE_MISSING")
 
 
 current: ContextVar[Principal] = ContextVar("principal")

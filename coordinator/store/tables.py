@@ -101,6 +101,8 @@ class ApiKey(SQLModel, table=True):
     create_time: datetime = _time()
     expire_time: datetime | None = _time(nullable=True)
     revoke_time: datetime | None = _time(nullable=True)
+    # What it may touch within its role (see common/scopes.py); everything where it is empty.
+    scopes: list[str] = _json(list)
 
 
 class Job(SQLModel, table=True):

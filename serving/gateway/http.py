@@ -79,12 +79,16 @@ def create_app(state: GatewayState) -> FastAPI:
     @app.get("/v1/models")
     async def list_models(request: Request) -> dict[str, Any]:
         key = caller(request)
-        mine = [entry for (project, _), entry in sorted(state.snapshot.endpoints.items()) if project == key.project]
+        mine = [
+            entry
+            for (project, _), entry in sorted(state.snapshot.endpoints.items())
+            if project == key.project and key.may_see(entry.endpoint)
+        ]
         return {"object": "list", "data": [_model(entry) for entry in mine]}
 
     @app.get("/v1/models/{model}")
     async def get_model(model: str, request: Request) -> dict[str, Any]:
-        return _model(find_endpoint(model, caller(request), state.snapshot))
+        return _model(find_endpoint(model, caller(request), state.snapshot, query=False))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:

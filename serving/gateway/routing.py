@@ -5,12 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from common import scopes
 from serving.gateway.errors import ApiError, overloaded
 from serving.gateway.snapshot import Endpoint, Key, Route, Snapshot
 
 
-def find_endpoint(model: str, key: Key, snapshot: Snapshot) -> Endpoint:
-    """Return the endpoint `model` of the key's project, or raise a 404: another project's looks like none."""
+def find_endpoint(model: str, key: Key, snapshot: Snapshot, query: bool = True) -> Endpoint:
+    """Return the endpoint `model` of the key's project, or raise a 404: another project's looks like none.
+
+    A 403 where the key's scopes do not allow to query it, or without `query` to look at it, whether or not it exists.
+    """
+    if not (key.may_query(model) if query else key.may_see(model)):
+        why = f"This API key lacks the scope {scopes.endpoint(model[:100])}."
+        raise ApiError(403, why, "insufficient_scope", "model", "permission_error")
     endpoint = snapshot.endpoints.get((key.project, model))
     if endpoint is None:
         raise ApiError(

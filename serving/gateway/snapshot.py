@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from common import scopes
+
 ROLES = frozenset({"query", "viewer", "editor", "admin", "operator"})
 
 
@@ -17,6 +19,15 @@ class Key:
     key: str
     role: str
     expire_time: float | None = None
+    scopes: frozenset[str] = frozenset()  # empty: whatever the role allows
+
+    def may_query(self, endpoint: str) -> bool:
+        """Whether its scopes allow to query an endpoint."""
+        return scopes.allowed(self.scopes, scopes.endpoint(endpoint))
+
+    def may_see(self, endpoint: str) -> bool:
+        """Whether its scopes allow to know of an endpoint."""
+        return self.may_query(endpoint) or scopes.allowed(self.scopes, scopes.ENDPOINTS + scopes.READ)
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,7 @@ class Snapshot:
     def of(cls, config: Mapping[str, Any]) -> Snapshot:
         """Read Serve's user_config; raises ValueError or KeyError where it is malformed, and Serve keeps the previous one."""
         keys = {
-            digest: Key(key["project"], key["key"], _role(key["role"]), key.get("expire_time"))
+            digest: Key(key["project"], key["key"], _role(key["role"]), key.get("expire_time"), frozenset(key.get("scopes", ())))
             for digest, key in config.get("keys", {}).items()
         }
         endpoints = {}

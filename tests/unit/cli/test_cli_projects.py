@@ -107,3 +107,14 @@ def test_an_operators_key_is_made_for_any_project(luthier, fake: FakeCoordinator
     ran = luthier("key", "create", "--project", "vision", "--role", "operator", "-o", "json")
     assert (ran.json["key"]["role"], ran.json["key"]["display_name"]) == ("ROLE_OPERATOR", "operator")
     assert fake.called("CreateKey")[0].request.parent == "projects/vision"
+
+
+def test_a_keys_scopes_are_sent_and_shown(luthier, fake: FakeCoordinator) -> None:
+    luthier("key", "create", "shop", "--role", "query", "--scope", "endpoints/desk", "--scope", "jobs:read")
+    luthier("key", "create")
+    assert list(fake.called("CreateKey")[0].request.key.scopes) == ["endpoints/desk", "jobs:read"]
+    assert not fake.called("CreateKey")[1].request.key.scopes
+    heading, unbound, bound = luthier("key", "list").stdout.splitlines()
+    assert heading.split()[:4] == ["key", "for", "role", "scopes"]
+    assert unbound.split()[3] == "all"
+    assert "endpoints/desk, jobs:read" in bound

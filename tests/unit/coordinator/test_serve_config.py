@@ -21,7 +21,10 @@ from coordinator.cluster.serve_config import (
 APP = ModelApp("file:///s/models/a", "aa", cpus=1, min_replicas=1, max_replicas=3, target_ongoing_requests=2.5)
 OTHER = ModelApp("file:///s/models/b", "bb", "file:///s/bases/c", "cc", gpus=1)
 SNAPSHOT = Snapshot(
-    keys=[KeyEntry("FF" * 32, "acme", "k1", "ROLE_QUERY", 12.5), KeyEntry("00" * 32, "acme", "k2", "admin")],
+    keys=[
+        KeyEntry("FF" * 32, "acme", "k1", "ROLE_QUERY", 12.5),
+        KeyEntry("00" * 32, "acme", "k2", "admin", scopes=["endpoints/tickets"]),
+    ],
     endpoints=[
         EndpointEntry("acme", "tickets", 7, (RouteEntry(APP.name, 9, "tickets@1"), RouteEntry(OTHER.name, 1, "tickets@2"))),
         EndpointEntry("acme", "drafts", 8),
@@ -69,7 +72,7 @@ def test_the_gateway_reads_the_snapshot_that_is_rendered() -> None:
     gateway = json.loads(json.dumps(render(GatewaySpec(), [APP], SNAPSHOT)))["applications"][0]
     read = Read.of(gateway["deployments"][0]["user_config"])
     assert read.keys["ff" * 32] == Key("acme", "k1", "query", 12.5)
-    assert read.keys["00" * 32] == Key("acme", "k2", "admin", None)
+    assert read.keys["00" * 32] == Key("acme", "k2", "admin", None, frozenset({"endpoints/tickets"}))
     assert read.endpoints["acme", "tickets"].routes == (Route(APP.name, 9, "tickets@1"), Route(OTHER.name, 1, "tickets@2"))
     assert read.endpoints["acme", "drafts"].routes == ()
     assert read.allowed_hosts == {"localhost", "127.0.0.1", "::1"}

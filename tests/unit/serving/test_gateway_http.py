@@ -28,6 +28,9 @@ CONFIG: dict[str, Any] = {
     "keys": {
         digest("good"): {"project": "acme", "key": "k1", "role": "ROLE_QUERY", "expire_time": None},
         digest("late"): {"project": "acme", "key": "k2", "role": "admin", "expire_time": 1.0},
+        digest("one"): {"project": "acme", "key": "k4", "role": "query", "scopes": ["endpoints/tickets"]},
+        digest("looks"): {"project": "acme", "key": "k5", "role": "admin", "scopes": ["endpoints:read", "jobs"]},
+        digest("jobs"): {"project": "acme", "key": "k6", "role": "admin", "scopes": ["jobs"]},
         digest("rival"): {"project": "rival", "key": "k3", "role": "admin", "expire_time": time.time() + 3600},
     },
     "endpoints": [

@@ -1,4 +1,4 @@
-"""what secrets need."""
+"""what secrets and scopes of keys need."""
 
 from typing import Any
 
@@ -20,6 +20,7 @@ def _moment(name: str) -> sa.Column[Any]:
 
 
 COLUMNS: dict[str, list[sa.Column[Any]]] = {
+    "api_key": [_json("scopes", "[]")],
     "job": [_json("secrets")],
 }
 
