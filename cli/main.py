@@ -18,6 +18,7 @@ from cli.commands import (
     endpoints,
     jobs,
     keys,
+    members,
     models,
     projects,
     schedules,
@@ -49,7 +50,7 @@ doctor.register(app)
 demo.register(app)
 backup.register(app)
 train.register(app)
-for noun in (datasets, jobs, schedules, models, endpoints, secrets, projects, keys):
+for noun in (datasets, jobs, schedules, models, endpoints, secrets, projects, members, keys):
     app.add_typer(noun.app)
 
 

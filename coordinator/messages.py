@@ -179,4 +179,5 @@ def key(row: tables.ApiKey) -> admin_pb2.Key:
         expire_time=stamp(row.expire_time),
         revoke_time=stamp(row.revoke_time),
         scopes=row.scopes,
+        member=row.member,
     )

@@ -37,6 +37,7 @@ from coordinator.services.endpoints import EndpointService
 from coordinator.services.interceptor import Guard
 from coordinator.services.jobs import JobService
 from coordinator.services.keys import Keys
+from coordinator.services.members import MemberService
 from coordinator.services.models import ModelService
 from coordinator.services.schedules import ScheduleService
 from coordinator.services.secrets import SecretService
@@ -58,6 +59,8 @@ from luthier.v1 import (
     endpoint_pb2_grpc,
     job_pb2,
     job_pb2_grpc,
+    member_pb2,
+    member_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
     schedule_pb2,
@@ -89,6 +92,7 @@ SERVICES = tuple(
         (schedule_pb2, "ScheduleService"),
         (endpoint_pb2, "EndpointService"),
         (secret_pb2, "SecretService"),
+        (member_pb2, "MemberService"),
         (admin_pb2, "AdminService"),
         (agent_pb2, "AgentService"),
     )
@@ -146,6 +150,7 @@ async def _run(
     dataset_pb2_grpc.add_DatasetServiceServicer_to_server(DatasetService(store, notifier, staging, settings.storage), server)
     model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(store, notifier, staging, settings.storage), server)
     secret_pb2_grpc.add_SecretServiceServicer_to_server(SecretService(store, vault), server)
+    member_pb2_grpc.add_MemberServiceServicer_to_server(MemberService(store, notifier), server)
     endpoints = EndpointService(store, notifier, reconciler, deployer)
     endpoint_pb2_grpc.add_EndpointServiceServicer_to_server(endpoints, server)
     schedule_pb2_grpc.add_ScheduleServiceServicer_to_server(ScheduleService(store, notifier, reconciler), server)

@@ -44,9 +44,11 @@ def create(
             "jobs:read and the like for looking only; endpoints/NAME for querying one. May be repeated."
         ),
     ] = None,
+    member: Annotated[str, typer.Option(help="Whose it is: it may do no more than the member, and ends when that leaves.")] = "",
 ) -> None:
     """Make a key of a project (--project). Its secret is shown now and never again."""
-    key = Key(display_name=name or role.value, role=Role.Value(f"ROLE_{role.value.upper()}"), scopes=scope)
+    wanted = Role.Value(f"ROLE_{role.value.upper()}")
+    key = Key(display_name=name or role.value, role=wanted, scopes=scope, member=member)
     if expires_in:
         key.expire_time.FromDatetime(datetime.now(UTC) + timedelta(seconds=duration(expires_in, "--expires-in")))
     answer = cli.client.admin.CreateKey(admin_pb2.CreateKeyRequest(parent=cli.client.parent, key=key))

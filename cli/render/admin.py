@@ -48,11 +48,12 @@ def _rank(status: GetStatusResponse) -> str:
 
 def keys_table(keys: Iterable[Key]) -> Table:
     """Keys, one a row."""
-    table = plain_table("key", "for", "role", "scopes", "made", "expires", "revoked")
+    table = plain_table("key", "for", "member", "role", "scopes", "made", "expires", "revoked")
     for key in keys:
         table.add_row(
             short_name(key.name),
             key.display_name,
+            key.member,
             enum_text(Role.Name(key.role), "ROLE_"),
             ", ".join(key.scopes) or "all",
             ago(key.create_time),

@@ -15,9 +15,11 @@ from sqlmodel import Session, col, select
 
 from common import scopes
 from common.errors import InvalidArgument, NotFound, PermissionDenied, Violation
+from common.names import check_id
 from coordinator import messages
 from coordinator.jobs.reconcile import Reconciler
 from coordinator.jobs.tokens import new_key, sha256
+from coordinator.members import find_member
 from coordinator.notify import Notifier
 from coordinator.services import paging
 from coordinator.services.backups import BackupCalls
@@ -84,10 +86,13 @@ class AdminService(ProjectCalls, BackupCalls, admin_pb2_grpc.AdminServiceService
             create_time=now(),
             expire_time=expires,
             scopes=sorted(set(key.scopes)),
+            member=check_id(key.member, "key.member") if key.member else "",
         )
 
         def work(session: Session) -> None:
             find_project(session, project_id)
+            if row.member:
+                find_member(session, project_id, row.member)
             session.add(row)
 
         await self._store.write(work)

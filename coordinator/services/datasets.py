@@ -64,7 +64,7 @@ class DatasetService(dataset_pb2_grpc.DatasetServiceServicer):
                 return _response(earlier)
             async with publishing(self._store, DATASETS):
                 version = await ingest(path, header, self._out_uri)
-                version.source_filename, version.creator = header.filename, who.display_name
+                version.source_filename, version.creator = header.filename, who.creator
                 manifest = await asyncio.to_thread(storage.read_bytes, storage.join(version.uri, "manifest.json"))
                 manifest_sha256 = hashlib.sha256(manifest).hexdigest()
 

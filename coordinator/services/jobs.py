@@ -46,7 +46,7 @@ class JobService(JobHistory):
         who.own(request.parent, field="parent")
         if len(request.request_id) > 128:
             raise InvalidArgument.of([Violation("request_id", "longer than 128 characters")])
-        identity = create.request_of(who.project, who.display_name, request)
+        identity = create.request_of(who.project, who.creator, request)
         job = job_pb2.Job()
         job.CopyFrom(request.job)
         try:

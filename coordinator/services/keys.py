@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from sqlalchemy import bindparam
-from sqlmodel import Session, select
+from sqlmodel import Session, col, select
 
 from common.errors import Unauthenticated
 from coordinator.jobs.tokens import sha256
@@ -17,7 +17,7 @@ from coordinator.store.tables import now
 from luthier.v1 import admin_pb2
 
 REMEMBERED_SECONDS = 1.0
-"""How long a key counts without a look at the store. So late at most does a coordinator learn what another one revoked."""
+"""How long a key counts without a look at the store. So late at most does a coordinator learn what another one changed."""
 
 MOST = 10_000
 """Keys remembered at a time."""
@@ -25,7 +25,14 @@ MOST = 10_000
 CHANGED = "keys"
 """Topic on which a change of keys is announced, once it is recorded and before it is acknowledged."""
 
-_BY_TOKEN = select(tables.ApiKey).where(tables.ApiKey.token_sha256 == bindparam("token_sha256"))
+_BY_TOKEN = (
+    select(tables.ApiKey, tables.Member)
+    .outerjoin(
+        tables.Member,
+        (col(tables.Member.project_id) == tables.ApiKey.project_id) & (col(tables.Member.id) == tables.ApiKey.member),
+    )
+    .where(tables.ApiKey.token_sha256 == bindparam("token_sha256"))
+)
 
 
 class Keys:
@@ -50,9 +57,9 @@ class Keys:
             _check(known[0])
             return known[1]
         changes, until = self._changes, time.monotonic() + REMEMBERED_SECONDS
-        row = await self._store.read(lambda session: _find(session, token_sha256))
+        row, member = await self._store.read(lambda session: _find(session, token_sha256))
         _check(row)
-        who = _principal(row)
+        who = _principal(row, member)
         if changes == self._changes:
             if len(self._known) >= MOST:
                 self._known.clear()
@@ -60,11 +67,11 @@ class Keys:
         return who
 
 
-def _find(session: Session, token_sha256: str) -> tables.ApiKey:
-    row = session.exec(_BY_TOKEN, params={"token_sha256": token_sha256}).first()
-    if row is None:
+def _find(session: Session, token_sha256: str) -> tuple[tables.ApiKey, tables.Member | None]:
+    found = session.exec(_BY_TOKEN, params={"token_sha256": token_sha256}).first()
+    if found is None:
         raise Unauthenticated("this key is not known here", "KEY_UNKNOWN")
-    return row
+    return found[0], found[1]
 
 
 def _check(row: tables.ApiKey) -> None:
@@ -74,5 +81,8 @@ def _check(row: tables.ApiKey) -> None:
         raise Unauthenticated(f"key {row.display_name!r} expired at {row.expire_time:%Y-%m-%d %H:%M} UTC", "KEY_EXPIRED")
 
 
-def _principal(row: tables.ApiKey) -> Principal:
-    return Principal(row.project_id, row.id, row.display_name, admin_pb2.Role.ValueType(row.role), tuple(row.scopes))
+def _principal(row: tables.ApiKey, member: tables.Member | None) -> Principal:
+    if row.member and member is None:  # removing a member revokes its keys, so that this is a store that somebody else wrote into
+        raise Unauthenticated(f"key {row.display_name!r} belongs to {row.member!r}, who is no member", "KEY_REVOKED")
+    role = row.role if member is None else min(row.role, member.role)
+    return Principal(row.project_id, row.id, row.display_name, admin_pb2.Role.ValueType(role), tuple(row.scopes), row.member)

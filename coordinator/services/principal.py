@@ -63,6 +63,9 @@ NEEDS: dict[str, admin_pb2.Role.ValueType] = {
     "/luthier.v1.SecretService/SetSecret": EDITOR,
     "/luthier.v1.SecretService/ListSecrets": VIEWER,
     "/luthier.v1.SecretService/DeleteSecret": EDITOR,
+    "/luthier.v1.MemberService/SetMember": ADMIN,
+    "/luthier.v1.MemberService/ListMembers": VIEWER,
+    "/luthier.v1.MemberService/RemoveMember": ADMIN,
     "/luthier.v1.AdminService/CreateKey": ADMIN,
     "/luthier.v1.AdminService/ListKeys": ADMIN,
     "/luthier.v1.AdminService/RevokeKey": ADMIN,
@@ -81,6 +84,7 @@ NOUNS: dict[str, str] = {
     "/luthier.v1.ModelService/": "models",
     "/luthier.v1.EndpointService/": "endpoints",
     "/luthier.v1.SecretService/": "secrets",
+    "/luthier.v1.MemberService/": "members",
     "/luthier.v1.AdminService/CreateKey": "keys",
     "/luthier.v1.AdminService/ListKeys": "keys",
     "/luthier.v1.AdminService/RevokeKey": "keys",
@@ -102,13 +106,19 @@ OPEN = ("/grpc.health.v1.Health/", "/luthier.agent.v1.AgentService/")
 
 @dataclass(frozen=True)
 class Principal:
-    """The key behind a call."""
+    """The key behind a call. Its role is what counts: the lesser one of the key and its member."""
 
     project: str
     key_id: str
     display_name: str
     role: admin_pb2.Role.ValueType
     scopes: tuple[str, ...] = ()
+    member: str = ""
+
+    @property
+    def creator(self) -> str:
+        """Who is named as having made something: the key's member, else the key."""
+        return self.member or self.display_name
 
     def own(self, name: str, *collections: str, field: str = "name") -> tuple[str, ...]:
         """Ids of a resource name without its project. Another project's name is NotFound, whether or not it exists."""

@@ -103,6 +103,19 @@ class ApiKey(SQLModel, table=True):
     revoke_time: datetime | None = _time(nullable=True)
     # What it may touch within its role (see common/scopes.py); everything where it is empty.
     scopes: list[str] = _json(list)
+    # Whose it is; nobody's where empty. The name outlives the membership, with which the key is revoked.
+    member: str = ""
+
+
+class Member(SQLModel, table=True):
+    """A person or service of a project; `role` bounds what its keys may do."""
+
+    project_id: str = Field(primary_key=True, foreign_key="project.id")
+    id: str = Field(primary_key=True)
+    display_name: str = ""
+    role: int
+    create_time: datetime = _time()
+    update_time: datetime = _time()
 
 
 class Job(SQLModel, table=True):

@@ -15,6 +15,8 @@ from luthier.v1 import (
     dataset_pb2_grpc,
     endpoint_pb2,
     endpoint_pb2_grpc,
+    member_pb2,
+    member_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
     secret_pb2,
@@ -217,6 +219,24 @@ class Secrets(Service, secret_pb2_grpc.SecretServiceServicer):
         self.fake.enter(context, "DeleteSecret", request)
         del self.fake.secrets[self.fake.find(context, self.fake.secrets, request.name).name]
         return secret_pb2.DeleteSecretResponse()
+
+
+class Members(Service, member_pb2_grpc.MemberServiceServicer):
+    def SetMember(self, request: Any, context: Any) -> Any:
+        self.fake.enter(context, "SetMember", request)
+        self.fake.members[request.member.name] = request.member
+        return member_pb2.SetMemberResponse(member=request.member)
+
+    def ListMembers(self, request: Any, context: Any) -> Any:
+        self.fake.enter(context, "ListMembers", request)
+        members, token = page([self.fake.members[name] for name in sorted(self.fake.members)], request)
+        return member_pb2.ListMembersResponse(members=members, next_page_token=token)
+
+    def RemoveMember(self, request: Any, context: Any) -> Any:
+        self.fake.enter(context, "RemoveMember", request)
+        member = self.fake.members.pop(self.fake.find(context, self.fake.members, request.name).name)
+        revoked = [key for key in self.fake.keys if key.member == member.name.rpartition("/")[2]]
+        return member_pb2.RemoveMemberResponse(revoked_keys=revoked)
 
 
 class Admin(Service, admin_pb2_grpc.AdminServiceServicer):

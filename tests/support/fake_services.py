@@ -26,13 +26,15 @@ from luthier.v1 import (
     endpoint_pb2_grpc,
     job_pb2,
     job_pb2_grpc,
+    member_pb2,
+    member_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
     secret_pb2,
     secret_pb2_grpc,
 )
 from tests.support.fake_calls import Failure, Recorded, Service, page, refuse
-from tests.support.fake_registry import Admin, Datasets, Endpoints, Models, Secrets
+from tests.support.fake_registry import Admin, Datasets, Endpoints, Members, Models, Secrets
 
 __all__ = ["TOKEN", "Failure", "FakeCoordinator"]
 
@@ -54,6 +56,7 @@ class FakeCoordinator:
     lineage: dict[str, list[model_pb2.LineageNode]] = field(default_factory=lambda: defaultdict(list))
     endpoints: dict[str, endpoint_pb2.Endpoint] = field(default_factory=dict)
     secrets: dict[str, secret_pb2.Secret] = field(default_factory=dict)
+    members: dict[str, member_pb2.Member] = field(default_factory=dict)
     keys: list[admin_pb2.Key] = field(default_factory=list)
     projects: dict[str, admin_pb2.Project] = field(default_factory=dict)
     status: admin_pb2.GetStatusResponse = field(default_factory=admin_pb2.GetStatusResponse)
@@ -89,6 +92,7 @@ class FakeCoordinator:
         model_pb2_grpc.add_ModelServiceServicer_to_server(Models(self), server)
         endpoint_pb2_grpc.add_EndpointServiceServicer_to_server(Endpoints(self), server)
         secret_pb2_grpc.add_SecretServiceServicer_to_server(Secrets(self), server)
+        member_pb2_grpc.add_MemberServiceServicer_to_server(Members(self), server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(Admin(self), server)
         self.port = server.add_insecure_port(f"127.0.0.1:{self.port}")
         server.start()

@@ -19,13 +19,15 @@ from luthier.client.errors import DeadlineExceeded, FailedPrecondition, InvalidA
 from luthier.client.names import full_name, full_version
 from luthier.client.paging import page_through
 from luthier.client.streams import STREAM_SECONDS, Stream, tail, watch, watch_project
+from luthier.client.tenancy import TenancyCalls
 from luthier.client.tls import Tls
 from luthier.client.uploads import Progress, dataset_messages, model_files, model_messages, sha256_of
-from luthier.v1 import admin_pb2, dataset_pb2, endpoint_pb2, job_pb2, model_pb2, schedule_pb2, secret_pb2
+from luthier.v1 import admin_pb2, dataset_pb2, endpoint_pb2, job_pb2, model_pb2, schedule_pb2
 from luthier.v1.admin_pb2_grpc import AdminServiceStub
 from luthier.v1.dataset_pb2_grpc import DatasetServiceStub
 from luthier.v1.endpoint_pb2_grpc import EndpointServiceStub
 from luthier.v1.job_pb2_grpc import JobServiceStub
+from luthier.v1.member_pb2_grpc import MemberServiceStub
 from luthier.v1.model_pb2_grpc import ModelServiceStub
 from luthier.v1.schedule_pb2_grpc import ScheduleServiceStub
 from luthier.v1.secret_pb2_grpc import SecretServiceStub
@@ -36,12 +38,12 @@ UPLOAD_TRIES = 3
 T = TypeVar("T")
 
 
-class Client:
+class Client(TenancyCalls):
     """A connection to a coordinator.
 
     `server` is host:port (else `LUTHIER_SERVER`, else 127.0.0.1:7420), `token` an API key (else `LUTHIER_TOKEN`), `timeout`
     the seconds that a call which is no stream may take. The attributes `jobs`, `datasets`, `models`, `endpoints`, `schedules`,
-    `secrets` and `admin` are the generated stubs; key, deadline, retries and exceptions (`LuthierError`) are attached to them.
+    `secrets`, `members` and `admin` are the generated stubs; key, deadline, retries and exceptions (`LuthierError`) are attached.
     Names may be short (`tickets@2`) in the methods of this class and are full (`projects/...`) in the messages. Use it as a
     context manager or call `close()`. It may be shared by threads.
     """
@@ -73,6 +75,7 @@ class Client:
         self.endpoints = EndpointServiceStub(self._channel)
         self.schedules = ScheduleServiceStub(self._channel)
         self.secrets = SecretServiceStub(self._channel)
+        self.members = MemberServiceStub(self._channel)
         self.admin = AdminServiceStub(self._channel)
 
     @property
@@ -389,22 +392,6 @@ class Client:
             return None
 
         _poll(gone, timeout, f"endpoint {name} still exists")
-
-    # Secrets
-
-    def set_secret(self, name: str, value: str) -> secret_pb2.Secret:
-        """Make a secret or replace its value; no call returns that again."""
-        request = secret_pb2.SetSecretRequest(name=full_name(self.project, "secrets", name), value=value)
-        return self.secrets.SetSecret(request).secret
-
-    def list_secrets(self, page_size: int = 100) -> Iterator[secret_pb2.Secret]:
-        """The project's secrets by name, without their values."""
-        request = secret_pb2.ListSecretsRequest(parent=self.parent, page_size=page_size)
-        return page_through(self.secrets.ListSecrets, request, lambda page: page.secrets)
-
-    def delete_secret(self, name: str) -> None:
-        """Remove a secret that no job needs any more."""
-        self.secrets.DeleteSecret(secret_pb2.DeleteSecretRequest(name=full_name(self.project, "secrets", name)))
 
     # Administration
 

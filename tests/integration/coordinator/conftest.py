@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from luthier.client import Client
-from luthier.v1 import admin_pb2
+from luthier.v1 import admin_pb2, member_pb2
 from tests.support.coordinator_process import CoordinatorProcess, free_port
 from tests.support.postgres import Postgres
 from tests.support.tenants import Tenants, furnish, make_key
@@ -66,5 +66,6 @@ def tenants(coordinator: CoordinatorProcess, client: Client) -> Iterator[Tenants
     with Client(address, keys[0], project="ours") as ours, Client(address, keys[1], project="theirs") as theirs:
         for tenant in (ours, theirs):
             tenant.set_secret("token", f"the token of {tenant.project}")
+            tenant.set_member(member_pb2.Member(name="ada", role=admin_pb2.ROLE_EDITOR))
         theirs.set_secret("theirs-alone", "something of theirs")
         yield Tenants(ours, theirs, *keys)

@@ -19,6 +19,7 @@ from luthier.v1 import (
     endpoint_pb2,
     job_pb2,
     job_pb2_grpc,
+    member_pb2,
     model_pb2,
     schedule_pb2,
     secret_pb2,
@@ -29,7 +30,7 @@ from tests.support.tenants import Tenants
 
 METHODS: list[MethodDescriptor] = [
     method
-    for module in (job_pb2, dataset_pb2, model_pb2, schedule_pb2, endpoint_pb2, secret_pb2, admin_pb2)
+    for module in (job_pb2, dataset_pb2, model_pb2, schedule_pb2, endpoint_pb2, secret_pb2, member_pb2, admin_pb2)
     for service in module.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 ]
@@ -80,6 +81,9 @@ TAKES: dict[str, tuple[str, str] | None] = {
     "SetSecret": ("name", "projects/{project}/secrets/token"),
     "ListSecrets": ("parent", PARENT),
     "DeleteSecret": ("name", "projects/{project}/secrets/token"),
+    "SetMember": ("member.name", "projects/{project}/members/ada"),
+    "ListMembers": ("parent", PARENT),
+    "RemoveMember": ("name", "projects/{project}/members/ada"),
     "CreateKey": ("parent", PARENT),
     "ListKeys": ("parent", PARENT),
     "RevokeKey": ("name", "projects/{project}/keys/key-of-theirs"),
@@ -96,7 +100,7 @@ FOR_OPERATORS = {"CreateProject", "UpdateProject", "BackupRecords"}
 # These end what the tests of the other calls look at; one test calls them at the end.
 ENDING = {
     *("CancelJob", "RevokeKey", "DeleteEndpoint", "DeleteJob", "DeleteDatasetVersion", "DeleteModelVersion"),
-    *("DeleteSchedule", "DeleteSecret"),
+    *("DeleteSchedule", "DeleteSecret", "RemoveMember"),
 }
 # What makes the call a good one apart from its name, so that nothing else can be what is refused.
 BESIDES: dict[str, dict[str, str]] = {
@@ -195,7 +199,8 @@ def test_the_same_names_are_found_by_the_project_that_has_them(
 def test_nothing_of_another_project_is_listed(tenants: Tenants) -> None:
     ours = tenants.ours
     for listed in (
-        [*ours.list_jobs(), *ours.list_datasets(), *ours.list_models(), *ours.list_endpoints(), *ours.list_secrets()],
+        [*ours.list_jobs(), *ours.list_datasets(), *ours.list_models(), *ours.list_endpoints()],
+        [*ours.list_secrets(), *ours.list_members()],
         ours.list_keys(),
         ours.list_projects(),
     ):
@@ -256,6 +261,7 @@ def test_they_may_end_what_is_theirs(coordinator: CoordinatorProcess, tenants: T
     theirs.delete_dataset_version("rows@1")
     theirs.delete_model_version("own@1")
     theirs.delete_secret("token")
+    theirs.remove_member("ada")
     assert [*theirs.list_jobs(), *theirs.list_datasets(), *theirs.list_models()] == []
     assert theirs.get_project().jobs["CANCELLED"] == 0
     assert [job.name for job in tenants.ours.list_jobs()] == ["projects/ours/jobs/ft-1"]

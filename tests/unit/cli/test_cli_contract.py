@@ -97,6 +97,7 @@ def test_help_is_shown_where_no_command_is_given(luthier) -> None:
         "endpoint",
         "secret",
         "project",
+        "member",
         "key",
     ):
         assert f"  {command} " in ran.stdout

@@ -115,6 +115,6 @@ def test_a_keys_scopes_are_sent_and_shown(luthier, fake: FakeCoordinator) -> Non
     assert list(fake.called("CreateKey")[0].request.key.scopes) == ["endpoints/desk", "jobs:read"]
     assert not fake.called("CreateKey")[1].request.key.scopes
     heading, unbound, bound = luthier("key", "list").stdout.splitlines()
-    assert heading.split()[:4] == ["key", "for", "role", "scopes"]
+    assert heading.split()[:5] == ["key", "for", "member", "role", "scopes"]
     assert unbound.split()[3] == "all"
     assert "endpoints/desk, jobs:read" in bound

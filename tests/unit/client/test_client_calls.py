@@ -11,7 +11,16 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 
 from luthier.client import AlreadyExists, Client, InvalidArgument, Unavailable, short_name
 from luthier.client.channel import service_config
-from luthier.v1 import admin_pb2, dataset_pb2, endpoint_pb2, job_pb2, model_pb2, schedule_pb2, secret_pb2
+from luthier.v1 import (
+    admin_pb2,
+    dataset_pb2,
+    endpoint_pb2,
+    job_pb2,
+    member_pb2,
+    model_pb2,
+    schedule_pb2,
+    secret_pb2,
+)
 from luthier.v1.endpoint_pb2 import Endpoint, Route
 from tests.support.fake_services import Failure, FakeCoordinator
 
@@ -25,6 +34,7 @@ SERVICES = [
         (schedule_pb2, "ScheduleService"),
         (endpoint_pb2, "EndpointService"),
         (secret_pb2, "SecretService"),
+        (member_pb2, "MemberService"),
         (admin_pb2, "AdminService"),
     ]
 ]
@@ -51,6 +61,7 @@ def test_only_calls_that_are_safe_to_repeat_are_repeated() -> None:
         "DeleteDatasetVersion",
         "DeleteModelVersion",
         "DeleteSecret",
+        "RemoveMember",
         "CreateKey",  # a repeated one makes a second key
         "CreateProject",  # a repeated one finds the id taken, by itself
         "UpdateProject",  # like UpdateJob: a repeated one finds the etag changed, by itself

@@ -1,4 +1,4 @@
-"""what secrets and scopes of keys need."""
+"""what secrets, scopes of keys and members need."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def _moment(name: str) -> sa.Column[Any]:
 
 
 COLUMNS: dict[str, list[sa.Column[Any]]] = {
-    "api_key": [_json("scopes", "[]")],
+    "api_key": [_json("scopes", "[]"), sa.Column("member", sa.String(), nullable=False, server_default="")],
     "job": [_json("secrets")],
 }
 
@@ -31,6 +31,17 @@ def upgrade() -> None:
         with op.batch_alter_table(table) as batch:
             for column in columns:
                 batch.add_column(column)
+    op.create_table(
+        "member",
+        sa.Column("project_id", sa.String(), nullable=False),
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("display_name", sa.String(), nullable=False),
+        sa.Column("role", sa.Integer(), nullable=False),
+        _moment("create_time"),
+        _moment("update_time"),
+        sa.ForeignKeyConstraint(["project_id"], ["project.id"]),
+        sa.PrimaryKeyConstraint("project_id", "id"),
+    )
     op.create_table(
         "secret",
         sa.Column("project_id", sa.String(), nullable=False),
@@ -47,6 +58,7 @@ def upgrade() -> None:
 def downgrade() -> None:
     """Take this revision back."""
     op.drop_table("secret")
+    op.drop_table("member")
     for table, columns in COLUMNS.items():
         with op.batch_alter_table(table) as batch:
             for column in columns:
