@@ -77,7 +77,7 @@ def job(
         pause_requested=row.pause_time is not None and row.end_time is None,
         after=after,
         runs=[job_run(each) for each in runs],
-        usage=job_pb2.Usage(cpu_seconds=row.cpu_seconds, gpu_seconds=row.gpu_seconds),
+        usage=job_pb2.Usage(cpu_seconds=row.cpu_seconds, gpu_seconds=row.gpu_seconds, trained_tokens=row.trained_tokens),
         schedule=f"projects/{row.project_id}/schedules/{row.schedule}" if row.schedule else "",
     )
     if row.retry:

@@ -53,6 +53,7 @@ class RunCallback(TrainerCallback):
         self.tokens = 0
         self.losses: list[float] = []
         self._figures: dict[str, float] = {}
+        self._told = job_pb2.Progress()
 
     def hold_out(self, measure: Callable[[], dict[str, float]]) -> None:
         """Measure the held-out loss with `measure` whenever a trial reports, or a checkpoint is judged by it."""
@@ -107,6 +108,8 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
         """Figures of the steps since the last log; `loss` is their mean over all ranks."""
+        if logs and "num_tokens" in logs:
+            self.tokens = int(logs["num_tokens"])
         if not logs or "loss" not in logs:
             return
         loss = float(logs["loss"])
@@ -117,13 +120,21 @@ class RunCallback(TrainerCallback):
             )
         self.losses.append(loss)
         self._figures = {name: float(logs[key]) for key, name in _RECORDED.items() if key in logs}
-        self.tokens = int(logs.get("num_tokens", 0))
         if self._context.is_main:
             self._report(args, state, logs, loss)
         if self._trial_step == state.global_step and self._context.trial_reports is not None:
             self._trial_step = 0
             held_out = self._held_out() if self._held_out is not None else {}
             self._context.trial_reports.report({"step": float(state.global_step), "loss": loss, **held_out})
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Tell of the tokens of the steps since the last log, which the trainer's closing words have."""
+        if self._context.is_main and self.tokens > self._told.trained_tokens:
+            last = job_pb2.Progress()
+            last.CopyFrom(self._told)
+            last.step, last.trained_tokens = state.global_step, self.tokens
+            self._context.reporter.progress(last)
+            self._told = last
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The ranks have written a checkpoint into this node's folder: publish it."""
@@ -153,10 +164,12 @@ class RunCallback(TrainerCallback):
             phase="training",
             learning_rate=float(logs.get("learning_rate", 0.0)),
             epoch=float(logs.get("epoch", 0.0)),
+            trained_tokens=self.tokens,
         )
         if pace:
             progress.remaining.FromMilliseconds(int(1000 * pace * max(state.max_steps - state.global_step, 0)))
         self._context.reporter.progress(progress)
+        self._told = progress
         figures = {name: float(logs[key]) for key, name in _RECORDED.items() if key in logs and math.isfinite(float(logs[key]))}
         figures |= {"tokens_per_second": rate, "epoch": progress.epoch}
         self._context.reporter.metrics(state.global_step, figures, self._context.trial)

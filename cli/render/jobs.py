@@ -97,6 +97,7 @@ def _head(job: Job) -> Table:
             ("time limit", duration(job.time_limit) if job.HasField("time_limit") else ""),
             ("budget", _amounts(job.budget) if job.HasField("budget") else ""),
             ("spent", _amounts(job.usage)),
+            ("trained", f"{job.usage.trained_tokens:,} tokens" if job.usage.trained_tokens else ""),
             ("run", f"{job.run}, retries {job.attempt}" if job.run else ""),
             ("made", f"{when(job.create_time)} by {job.creator}" if job.creator else when(job.create_time)),
             ("started", when(job.start_time)),

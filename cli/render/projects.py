@@ -51,13 +51,14 @@ def usage_table(projects: Iterable[Project]) -> Table:
     for kind in KINDS.values():
         for column in (f"{kind}-hours", "budget", "left"):
             table.add_column(column, justify="right")
+    table.add_column("tokens trained", justify="right")
     for project in projects:
         cells: list[str | Text] = []
         for kind in KINDS.values():
             field = f"{kind.lower()}_seconds"
             budget = _bound(project.budget, field, hours)
             cells += [hours(getattr(project.usage, field)), budget, _left(project, field)]
-        table.add_row(short_name(project.name), *cells)
+        table.add_row(short_name(project.name), *cells, f"{project.usage.trained_tokens:,}")
     return table
 
 
@@ -77,6 +78,7 @@ def project_view(project: Project) -> Table:
         if project.budget.HasField(field):  # type: ignore[arg-type]
             said.append(f" of {hours(getattr(project.budget, field))}, ").append(_left(project, field)).append(" left")
         rows.append(("spent" if kind == "CPU" else "", said))
+    rows.append(("trained", f"{project.usage.trained_tokens:,} tokens"))
     return facts([*rows, ("jobs", jobs_text(project.jobs)), ("made", ago(project.create_time))])
 
 

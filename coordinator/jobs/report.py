@@ -94,11 +94,14 @@ def apply(session: Session, request: agent_pb2.ReportRequest) -> tuple[tables.Jo
     session.add(job_run)
     if State(job.state) in TERMINAL:
         return job, fresh[-1].sequence if fresh else last
+    if fresh:
+        # Before what they say: an outcome ends the run, and what it spent is added up by that.
+        last = fresh[-1].sequence
+        tokens = max(cursor.trained_tokens if cursor else 0, *(report.progress.trained_tokens for report in fresh))
+        session.merge(tables.ReportCursor(job_uid=key[0], run=key[1], source=key[2], last=last, trained_tokens=tokens))
+        session.flush()
     for report in fresh:
         _apply_one(session, request, report)
-    if fresh:
-        last = fresh[-1].sequence
-        session.merge(tables.ReportCursor(job_uid=key[0], run=key[1], source=key[2], last=last))
     session.flush()
     session.expire_all()
     return session.get_one(tables.Job, request.job_uid), last

@@ -1,7 +1,8 @@
 """What runs spend: seconds times what they hold, kept in all and, for fair shares, with a half-life.
 
 A run's spending is added to its job and its project once, in the transaction that ends the run. Until then it is computed from
-its beginning whenever somebody asks, so that nothing is written while jobs run.
+its beginning whenever somebody asks, so that nothing is written while jobs run. So are the tokens that it trained: each of its
+processes tells how many there were so far, which is kept beside the number of its last report until the run has ended.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from sqlmodel import Session, col, select
 from coordinator.jobs.states import ACTIVE
 from coordinator.scheduling.model import Demand, Terms
 from coordinator.scheduling.order import HALF_LIFE_SECONDS
-from coordinator.store.tables import Endpoint, Job, JobRun, Project, now
+from coordinator.store.tables import Endpoint, Job, JobRun, Project, ReportCursor, now
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Standing:
     held: Demand = field(default_factory=Demand)
     spent: Demand = field(default_factory=Demand)
     jobs: Mapping[str, int] = field(default_factory=dict)
+    trained_tokens: int = 0
 
 
 def spent(begin: datetime, end: datetime, held: Demand) -> Demand:
@@ -68,10 +70,15 @@ def settle(session: Session, job: Job, job_run: JobRun, moment: datetime | None 
         return False
     held = held_by(job, job_run)
     amount = spent(job_run.create_time, end, held)
+    tokens = _tokens_of_run(session, job.uid, job_run.run)
     session.execute(
         update(Job)
         .where(col(Job.uid) == job.uid)
-        .values(cpu_seconds=Job.cpu_seconds + amount.cpus, gpu_seconds=Job.gpu_seconds + amount.gpus)
+        .values(
+            cpu_seconds=Job.cpu_seconds + amount.cpus,
+            gpu_seconds=Job.gpu_seconds + amount.gpus,
+            trained_tokens=Job.trained_tokens + tokens,
+        )
         .execution_options(synchronize_session=False)
     )
     project = locked_project(session, job.project_id)
@@ -82,6 +89,7 @@ def settle(session: Session, job: Job, job_run: JobRun, moment: datetime | None 
     added = decayed(decayed_spent(job_run.create_time, end, held), end, at)
     project.cpu_seconds += amount.cpus
     project.gpu_seconds += amount.gpus
+    project.trained_tokens += tokens
     project.decayed_cpu_seconds = before.cpus + added.cpus
     project.decayed_gpu_seconds = before.gpus + added.gpus
     project.decay_time = at
@@ -107,11 +115,20 @@ def job_spent(job: Job, job_run: JobRun | None, moment: datetime) -> Demand:
     return total
 
 
+def tokens_of_job(session: Session, job: Job, job_run: JobRun | None) -> int:
+    """Tokens that a job has trained: its ended runs, and its latest one so far if that has not ended."""
+    under_way = job_run is not None and job_run.end_time is None
+    return job.trained_tokens + (_tokens_of_run(session, job.uid, job.run) if under_way else 0)
+
+
 def standings(session: Session, projects: Sequence[Project], moment: datetime) -> dict[str, Standing]:
     """How projects stand at a moment, by id."""
     ids = [project.id for project in projects]
     held: dict[str, Demand] = defaultdict(Demand)
     total = {project.id: Demand(project.cpu_seconds, project.gpu_seconds) for project in projects}
+    tokens = {project.id: project.trained_tokens for project in projects}
+    for project_id, under_way in _live_tokens(session, ids):
+        tokens[project_id] += under_way
     for job, job_run in _live(session, ids):
         holds = held_by(job, job_run)
         held[job.project_id] = held[job.project_id] + holds
@@ -123,7 +140,7 @@ def standings(session: Session, projects: Sequence[Project], moment: datetime) -
     by_state = select(Job.project_id, Job.state, func.count()).where(*there)
     for project_id, state, count in session.exec(by_state.group_by(Job.project_id, Job.state)).all():
         counts[project_id][state] = count
-    return {id_: Standing(held[id_], total[id_], counts[id_]) for id_ in ids}
+    return {id_: Standing(held[id_], total[id_], counts[id_], tokens[id_]) for id_ in ids}
 
 
 def terms(session: Session, moment: datetime) -> dict[str, Terms]:
@@ -166,14 +183,28 @@ def budget_left(project: Project, spent_in_all: Demand) -> Demand | None:
 
 def _live(session: Session, projects: Collection[str] | None = None) -> Sequence[tuple[Job, JobRun]]:
     """The runs that hold resources now, with their jobs."""
-    query = (
-        select(Job, JobRun)
-        .join(JobRun, (col(JobRun.job_uid) == col(Job.uid)) & (col(JobRun.run) == col(Job.run)))
-        .where(col(Job.state).in_([state.value for state in ACTIVE]), col(JobRun.end_time).is_(None))
-    )
+    query = select(Job, JobRun).join(JobRun, _LATEST).where(*_UNDER_WAY)
     if projects is not None:
         query = query.where(col(Job.project_id).in_(projects))
     return session.exec(query).all()
+
+
+_LATEST = (col(JobRun.job_uid) == col(Job.uid)) & (col(JobRun.run) == col(Job.run))
+_UNDER_WAY = (col(Job.state).in_([state.value for state in ACTIVE]), col(JobRun.end_time).is_(None))
+
+
+def _live_tokens(session: Session, projects: Collection[str]) -> Sequence[tuple[str, int]]:
+    """What the runs under way have trained so far, by project."""
+    cursor = ReportCursor
+    query = select(Job.project_id, func.sum(cursor.trained_tokens)).join(JobRun, _LATEST)
+    query = query.join(cursor, (col(cursor.job_uid) == col(JobRun.job_uid)) & (col(cursor.run) == col(JobRun.run)))
+    found = session.exec(query.where(*_UNDER_WAY, col(Job.project_id).in_(projects)).group_by(Job.project_id)).all()
+    return [(project_id, int(tokens)) for project_id, tokens in found]
+
+
+def _tokens_of_run(session: Session, uid: str, run: int) -> int:
+    query = select(func.sum(ReportCursor.trained_tokens)).where(ReportCursor.job_uid == uid, ReportCursor.run == run)
+    return int(session.exec(query).one() or 0)
 
 
 def _decayed_to(project: Project, moment: datetime) -> Demand:

@@ -12,6 +12,7 @@ from coordinator.jobs import records
 from coordinator.jobs.expiry import spent_by
 from coordinator.jobs.reconcile import Reconciler
 from coordinator.jobs.states import State
+from coordinator.jobs.usage import tokens_of_job
 from coordinator.services.principal import Principal
 from coordinator.store import tables
 from luthier.v1 import job_pb2
@@ -30,7 +31,8 @@ def whole_job(session: Session, row: tables.Job) -> job_pb2.Job:
     after = [messages.job_name(other) for other in session.exec(followed).all()]
     message = messages.job(row, trials, runs, after)
     spent = spent_by(session, row)
-    message.usage.CopyFrom(job_pb2.Usage(cpu_seconds=spent.cpus, gpu_seconds=spent.gpus))
+    tokens = tokens_of_job(session, row, next((run for run in runs if run.run == row.run), None))
+    message.usage.CopyFrom(job_pb2.Usage(cpu_seconds=spent.cpus, gpu_seconds=spent.gpus, trained_tokens=tokens))
     say_what_blocks(session, row, message)
     return message
 

@@ -164,6 +164,7 @@ def message(row: tables.Project, standing: Standing) -> admin_pb2.Project:
         messages.parse(getattr(row, column), getattr(project, name))
     project.held.cpus, project.held.gpus = standing.held.cpus, standing.held.gpus
     project.usage.cpu_seconds, project.usage.gpu_seconds = standing.spent.cpus, standing.spent.gpus
+    project.usage.trained_tokens = standing.trained_tokens
     return project
 
 

@@ -78,6 +78,7 @@ class Project(SQLModel, table=True):
     # What its ended runs spent in all, and the same decayed to `decay_time` (see jobs/usage.py).
     cpu_seconds: float = 0.0
     gpu_seconds: float = 0.0
+    trained_tokens: int = _big()
     decayed_cpu_seconds: float = 0.0
     decayed_gpu_seconds: float = 0.0
     decay_time: datetime | None = _time(nullable=True)
@@ -179,6 +180,7 @@ class Job(SQLModel, table=True):
     # What its ended runs spent.
     cpu_seconds: float = 0.0
     gpu_seconds: float = 0.0
+    trained_tokens: int = _big()
 
     # W3C's traceparent of the call that made it; empty where nobody traces.
     trace_parent: str = ""
@@ -226,13 +228,14 @@ class JobRun(SQLModel, table=True):
 
 
 class ReportCursor(SQLModel, table=True):
-    """Number of the last report applied, per run and source: a repeated one is ignored."""
+    """Number of the last report applied, per run and source: a repeated one is ignored. And the tokens that it has trained."""
 
     __tablename__: ClassVar[Any] = "report_cursor"
     job_uid: str = Field(primary_key=True, foreign_key="job.uid")
     run: int = Field(primary_key=True)
     source: str = Field(primary_key=True)
     last: int = _big()
+    trained_tokens: int = _big()
 
 
 class JobEvent(SQLModel, table=True):

@@ -46,6 +46,7 @@ def test_a_private_model_is_fetched_with_a_secret_and_the_secret_is_seen_nowhere
     job = wait_for(client, shown["name"])
     assert job.state == job_pb2.JOB_STATE_SUCCEEDED, job.error
     assert dict(job.secrets) == {"HF_TOKEN": "hub"}
+    assert job.usage.trained_tokens == job.result.metrics["train_tokens"] > 0
     assert VALUE in hub.shown
     for path in ("/api/jobs/", "/api/v0/actors?detail=1", "/api/v0/tasks?detail=1", "/api/v0/workers?detail=1"):
         assert VALUE not in ray_says(stack, path), path

@@ -535,19 +535,25 @@ class Usage(_message.Message):
 
     CPU_SECONDS_FIELD_NUMBER: _builtins.int
     GPU_SECONDS_FIELD_NUMBER: _builtins.int
+    TRAINED_TOKENS_FIELD_NUMBER: _builtins.int
     cpu_seconds: _builtins.float
     """Seconds times logical CPUs held."""
     gpu_seconds: _builtins.float
     """Seconds times GPUs held."""
+    trained_tokens: _builtins.int
+    """Tokens of rows that training has passed through a model, padding not counted; over all runs, so that what was lost and trained
+    again counts twice. Number 4 is kept for tokens that endpoints served.
+    """
     def __init__(
         self,
         *,
         cpu_seconds: _builtins.float = ...,
         gpu_seconds: _builtins.float = ...,
+        trained_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_seconds", b"cpu_seconds", "gpu_seconds", b"gpu_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_seconds", b"cpu_seconds", "gpu_seconds", b"gpu_seconds", "trained_tokens", b"trained_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -625,6 +631,7 @@ class Progress(_message.Message):
     PHASE_FIELD_NUMBER: _builtins.int
     LEARNING_RATE_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    TRAINED_TOKENS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Optimiser steps done."""
     total_steps: _builtins.int
@@ -639,6 +646,8 @@ class Progress(_message.Message):
     """Learning rate of the latest step."""
     epoch: _builtins.float
     """Passes over the training rows, with fraction."""
+    trained_tokens: _builtins.int
+    """Tokens consumed in this run so far over all ranks, padding not counted."""
     @_builtins.property
     def remaining(self) -> _duration_pb2.Duration:
         """Estimated time to the end of the present phase."""
@@ -654,10 +663,11 @@ class Progress(_message.Message):
         phase: _builtins.str = ...,
         learning_rate: _builtins.float = ...,
         epoch: _builtins.float = ...,
+        trained_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["remaining", b"remaining"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "learning_rate", b"learning_rate", "loss", b"loss", "phase", b"phase", "remaining", b"remaining", "step", b"step", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "learning_rate", b"learning_rate", "loss", b"loss", "phase", b"phase", "remaining", b"remaining", "step", b"step", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps", "trained_tokens", b"trained_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -27,6 +27,24 @@ def callback(tmp_path: Path) -> RunCallback:
     return RunCallback(TrainContext(config, tmp_path, "micro", tmp_path, tmp_path, 0, 1, SilentReporter()))
 
 
+def test_tokens_are_counted_to_the_last_step(callback: RunCallback, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    reporter = callback._context.reporter
+    monkeypatch.setattr(reporter, "progress", lambda progress: told.append((progress.step, progress.trained_tokens)))
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+
+    def log(step: int, **logs: float) -> None:
+        callback.on_log(arguments, TrainerState(global_step=step, max_steps=12), TrainerControl(), logs)
+
+    log(5, loss=2.0, num_tokens=500)
+    log(10, loss=1.0, num_tokens=1000)
+    log(12, train_runtime=3.0, num_tokens=1210)  # the trainer's closing words
+    callback.on_train_end(arguments, TrainerState(global_step=12), TrainerControl())
+    callback.on_train_end(arguments, TrainerState(global_step=12), TrainerControl())
+    assert told == [(5, 500), (10, 1000), (12, 1210)]
+    assert callback.tokens == 1210
+
+
 @pytest.mark.parametrize("loss", ["nan", "inf", "-inf"])
 def test_a_loss_that_is_no_number_ends_the_run_naming_the_step_and_is_not_tried_again(callback: RunCallback, loss: str) -> None:
     arguments: Any = SimpleNamespace(output_dir="")

@@ -91,13 +91,13 @@ def test_show_is_ones_own_project_where_none_is_named(luthier, fake: FakeCoordin
 
 def test_usage_is_told_in_hours_with_what_is_left(luthier, fake: FakeCoordinator) -> None:
     budget = Budget(cpu_seconds=3.6e6, gpu_seconds=72_000)
-    hold(fake, "search", budget=budget, usage=Usage(cpu_seconds=44_640, gpu_seconds=90_000))
+    hold(fake, "search", budget=budget, usage=Usage(cpu_seconds=44_640, gpu_seconds=90_000, trained_tokens=12_345_678))
     hold(fake, "vision", usage=Usage(gpu_seconds=4))
     lines = [line.split() for line in luthier("project", "usage").stdout.splitlines()]
     assert lines == [
-        ["project", "CPU-hours", "budget", "left", "GPU-hours", "budget", "left"],
-        ["search", "12.4", "1,000", "987.6", "25", "20", "0"],
-        ["vision", "0", "-", "-", "<0.01", "-", "-"],
+        ["project", "CPU-hours", "budget", "left", "GPU-hours", "budget", "left", "tokens", "trained"],
+        ["search", "12.4", "1,000", "987.6", "25", "20", "0", "12,345,678"],
+        ["vision", "0", "-", "-", "<0.01", "-", "-", "0"],
     ]
     only = luthier("project", "usage", "vision", "-o", "json").json["projects"]
     assert [project["usage"]["gpu_seconds"] for project in only] == [4.0]

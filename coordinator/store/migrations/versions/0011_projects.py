@@ -1,4 +1,4 @@
-"""what secrets, scopes of keys and members need."""
+"""what secrets, scopes of keys, members and counted tokens need."""
 
 from typing import Any
 
@@ -19,9 +19,15 @@ def _moment(name: str) -> sa.Column[Any]:
     return sa.Column(name, sa.DateTime(timezone=True), nullable=False)
 
 
+def _tokens() -> sa.Column[Any]:
+    return sa.Column("trained_tokens", sa.BigInteger(), nullable=False, server_default="0")
+
+
 COLUMNS: dict[str, list[sa.Column[Any]]] = {
     "api_key": [_json("scopes", "[]"), sa.Column("member", sa.String(), nullable=False, server_default="")],
-    "job": [_json("secrets")],
+    "job": [_json("secrets"), _tokens()],
+    "project": [_tokens()],
+    "report_cursor": [_tokens()],
 }
 
 
