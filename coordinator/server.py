@@ -153,7 +153,7 @@ async def _run(
     member_pb2_grpc.add_MemberServiceServicer_to_server(MemberService(store, notifier), server)
     endpoints = EndpointService(store, notifier, reconciler, deployer)
     endpoint_pb2_grpc.add_EndpointServiceServicer_to_server(endpoints, server)
-    schedule_pb2_grpc.add_ScheduleServiceServicer_to_server(ScheduleService(store, notifier, reconciler), server)
+    schedule_pb2_grpc.add_ScheduleServiceServicer_to_server(ScheduleService(store, notifier, reconciler, vault), server)
     admin = AdminService(store, notifier, reconciler, leadership, status, lambda: deployer.gateway_state, settings.home)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
     agent = AgentService(store, notifier, secret, settings.storage, vault, mark)
@@ -171,7 +171,7 @@ async def _run(
     tls = "mutual TLS" if settings.tls_client_ca else "TLS" if settings.tls_cert else "no TLS"
     log.info("serving on %s with %s, store %s, Ray at %s", address, tls, store.kind, settings.ray_address or "nowhere")
     collector = Collector(store, notifier, leadership, settings.storage, Retention.of(settings))
-    runner = ScheduleRunner(store, notifier, leadership, reconciler)
+    runner = ScheduleRunner(store, notifier, leadership, reconciler, vault)
     loops = [asyncio.create_task(each.run()) for each in (reconciler, deployer, collector, runner)]
     running = asyncio.get_running_loop()
     leadership.run(lambda: running.call_soon_threadsafe(notifier.notify, "scheduler", "endpoints"))

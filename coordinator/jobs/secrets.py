@@ -12,8 +12,10 @@ from common.names import ID, ID_RULE
 from coordinator import secret_store
 from coordinator.jobs.ending import Ended, end_run
 from coordinator.jobs.states import EndReason, State
+from coordinator.store.database import Store
 from coordinator.store.tables import Job
 from coordinator.vault import Vault
+from luthier.v1 import job_pb2
 
 MOST = 32
 """Secrets of one job."""
@@ -78,3 +80,13 @@ def hand_over(session: Session, vault: Vault, job: Job) -> dict[str, str] | Luth
         document = {"code": error.reason, "message": error.message, "source": "coordinator"}
         end_run(session, job.uid, job.run, Ended(State.FAILED, EndReason.ERROR, error.message, document))
         return error
+
+
+async def hub_token(store: Store, vault: Vault, project: str, job: job_pb2.Job) -> str:
+    """The token that a job's own processes will ask a hub with. Raises NotFound where a secret of the job is missing."""
+    if not job.secrets:
+        return ""
+    await store.read(lambda session: check(session, project, job.secrets))
+    wanted = {name: job.secrets[name] for name in (HUB_TOKEN,) if name in job.secrets}
+    found = await store.read(lambda session: secret_store.values(session, vault, project, wanted))
+    return found.get(HUB_TOKEN, "")

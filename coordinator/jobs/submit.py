@@ -69,7 +69,8 @@ def _refused(session: Session, submissions: list[Submission]) -> dict[str, Luthi
     gone = missing(session, [(each.request.project, each.row["inputs"]["artifacts"]) for each in submissions])
     refused = {each.row["uid"]: error for each, error in zip(submissions, gone, strict=True) if error is not None}
     for submission in submissions:
-        wanted = job_secrets.missing(session, submission.request.project, submission.row["secrets"])
+        secrets = submission.row["secrets"]
+        wanted = job_secrets.missing(session, submission.request.project, secrets) if secrets else None
         if wanted is not None:
             refused[submission.row["uid"]] = wanted
         if submission.request.project in bounded:

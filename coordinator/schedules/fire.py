@@ -10,7 +10,7 @@ from sqlmodel import Session, col, select
 
 from common.errors import LuthierError
 from coordinator import messages
-from coordinator.jobs import create
+from coordinator.jobs import create, secrets
 from coordinator.jobs.resolve import Resolved, resolve
 from coordinator.jobs.resources import fill_in
 from coordinator.jobs.states import TERMINAL, EndReason, State
@@ -19,6 +19,7 @@ from coordinator.jobs.wishes import wish_end
 from coordinator.schedules.times import following, last_until
 from coordinator.store.database import Store
 from coordinator.store.tables import Job, Schedule
+from coordinator.vault import Vault
 from luthier.v1 import job_pb2, schedule_pb2
 
 KEPT = 10
@@ -37,7 +38,7 @@ class Draft:
     resolved: Resolved
 
 
-async def draft(store: Store, schedule: Schedule, key: str, cluster_has_gpus: bool) -> Draft:
+async def draft(store: Store, vault: Vault, schedule: Schedule, key: str, cluster_has_gpus: bool) -> Draft:
     """Make the job of a schedule, which `key` makes the only one of its kind. Raises what CreateJob would."""
     job = messages.parse(schedule.job, job_pb2.Job())
     request_id = f"schedule/{schedule.uid}/{key}"
@@ -45,7 +46,8 @@ async def draft(store: Store, schedule: Schedule, key: str, cluster_has_gpus: bo
     request = create.request_of(schedule.project_id, f"schedule {schedule.id}", asked)
     validate(job)
     fill_in(job, cluster_has_gpus)
-    resolved = await resolve(store, schedule.project_id, job, paths_allowed=False)
+    token = await secrets.hub_token(store, vault, schedule.project_id, job)
+    resolved = await resolve(store, schedule.project_id, job, paths_allowed=False, hub_token=token)
     return Draft(request, job, resolved)
 
 

@@ -14,6 +14,7 @@ from coordinator.schedules import fire
 from coordinator.store.database import Store
 from coordinator.store.leader import Leadership, NotLeading
 from coordinator.store.tables import Schedule, now
+from coordinator.vault import Vault
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +34,14 @@ class ScheduleRunner:
         notifier: Notifier,
         leadership: Leadership,
         reconciler: Reconciler,
+        vault: Vault,
         clock: Callable[[], datetime] = now,
     ) -> None:
         self._store = store
         self._notifier = notifier
         self._leadership = leadership
         self._reconciler = reconciler
+        self._vault = vault
         self._clock = clock
 
     async def run(self) -> None:
@@ -78,7 +81,7 @@ class ScheduleRunner:
         capacity = await self._reconciler.capacity()
         gpus = capacity is not None and capacity.total.gpus > 0
         try:
-            made = await fire.draft(self._store, schedule, time.isoformat(), gpus)
+            made = await fire.draft(self._store, self._vault, schedule, time.isoformat(), gpus)
             _, changed = await self._leadership.write(
                 partial(fire.fire, schedule=schedule, time=time, made=made, now=moment), epoch
             )

@@ -9,7 +9,7 @@ from sqlalchemy import tuple_
 from sqlmodel import Session, col, select
 
 from common.errors import InvalidArgument, LuthierError, Violation
-from coordinator import messages, secret_store
+from coordinator import messages
 from coordinator.collector import TOPIC as COLLECTOR
 from coordinator.jobs import create, submit
 from coordinator.jobs import secrets as job_secrets
@@ -53,7 +53,7 @@ class JobService(JobHistory):
             validate(job)
             capacity = self._reconciler.queue.capacity
             fill_in(job, capacity is not None and capacity.total.gpus > 0)
-            token = await self._hub_token(who.project, job)
+            token = await job_secrets.hub_token(self._store, self._vault, who.project, job)
             resolved = await resolve(self._store, who.project, job, who.role >= OPERATOR, token)
         except LuthierError:
             # Said again, a request gets the job that it made, even where it could not make one now.
@@ -73,15 +73,6 @@ class JobService(JobHistory):
             made = messages.new_job(row, job) if row.uid == submission.row["uid"] else messages.job(row)
         self._notifier.notify("scheduler")
         return job_pb2.CreateJobResponse(job=made)
-
-    async def _hub_token(self, project: str, job: job_pb2.Job) -> str:
-        """The token that the job's own processes will ask a hub with. Raises NotFound where a secret of the job is missing."""
-        if not job.secrets:
-            return ""
-        await self._store.read(lambda session: job_secrets.check(session, project, job.secrets))
-        wanted = {name: job.secrets[name] for name in (job_secrets.HUB_TOKEN,) if name in job.secrets}
-        found = await self._store.read(lambda session: secret_store.values(session, self._vault, project, wanted))
-        return found.get(job_secrets.HUB_TOKEN, "")
 
     async def GetJob(self, request: job_pb2.GetJobRequest, context: Context) -> job_pb2.GetJobResponse:
         """See job.proto."""

@@ -80,6 +80,7 @@ NEEDS: dict[str, admin_pb2.Role.ValueType] = {
 
 NOUNS: dict[str, str] = {
     "/luthier.v1.JobService/": "jobs",
+    "/luthier.v1.ScheduleService/": "jobs",
     "/luthier.v1.DatasetService/": "datasets",
     "/luthier.v1.ModelService/": "models",
     "/luthier.v1.EndpointService/": "endpoints",

@@ -21,6 +21,7 @@ from coordinator.services import paging
 from coordinator.services.principal import Context, Principal, principal
 from coordinator.store.database import Store
 from coordinator.store.tables import Schedule, now
+from coordinator.vault import Vault
 from luthier.v1 import schedule_pb2, schedule_pb2_grpc
 
 CHANGEABLE = ("cron", "time_zone", "job", "overlap", "catch_up", "paused")
@@ -32,10 +33,11 @@ MOST_CATCH_UP = timedelta(days=7)
 class ScheduleService(schedule_pb2_grpc.ScheduleServiceServicer):
     """Translates calls about schedules."""
 
-    def __init__(self, store: Store, notifier: Notifier, reconciler: Reconciler) -> None:
+    def __init__(self, store: Store, notifier: Notifier, reconciler: Reconciler, vault: Vault) -> None:
         self._store = store
         self._notifier = notifier
         self._reconciler = reconciler
+        self._vault = vault
 
     async def CreateSchedule(
         self, request: schedule_pb2.CreateScheduleRequest, context: Context
@@ -49,7 +51,7 @@ class ScheduleService(schedule_pb2_grpc.ScheduleServiceServicer):
             project_id=who.project,
             id=request.schedule_id,
             uid=secrets.token_hex(8),
-            creator=who.display_name,
+            creator=who.creator,
             create_time=now(),
             update_time=now(),
             **values,
@@ -164,7 +166,8 @@ class ScheduleService(schedule_pb2_grpc.ScheduleServiceServicer):
     async def _draft(self, schedule: Schedule, key: str) -> fire.Draft:
         capacity = await self._reconciler.capacity()
         try:
-            return await fire.draft(self._store, schedule, key, capacity is not None and capacity.total.gpus > 0)
+            gpus = capacity is not None and capacity.total.gpus > 0
+            return await fire.draft(self._store, self._vault, schedule, key, gpus)
         except InvalidArgument as error:
             error.violations = tuple(Violation(f"schedule.{each.field}", each.description) for each in error.violations)
             raise

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from sqlmodel import Session, col, select
 
 from common.errors import Unavailable
+from coordinator import secret_store
 from coordinator.jobs.reconcile import Reconciler
 from coordinator.notify import Notifier
 from coordinator.schedules import fire
@@ -15,6 +17,7 @@ from coordinator.schedules.runner import ScheduleRunner
 from coordinator.store import tables
 from coordinator.store.database import Store
 from coordinator.store.leader import Leadership
+from coordinator.vault import Vault
 from luthier.v1 import schedule_pb2
 from tests.support.deleting import ended
 
@@ -37,8 +40,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def runner(store: Store, leadership: Leadership, loop: Reconciler, clock: Clock) -> ScheduleRunner:
-    return ScheduleRunner(store, Notifier(), leadership, loop, clock)
+def runner(store: Store, leadership: Leadership, loop: Reconciler, clock: Clock, tmp_path: Path) -> ScheduleRunner:
+    return ScheduleRunner(store, Notifier(), leadership, loop, Vault.of(None, tmp_path), clock)
 
 
 def add(store: Store, name: str = "nightly", **values: object) -> None:
@@ -204,3 +207,17 @@ async def test_while_the_store_is_away_nothing_is_decided(
     assert outcomes(store) == []
     await runner.round()
     assert len(jobs(store)) == 1
+
+
+async def test_its_jobs_have_the_secrets_that_are_named(store: Store, runner: ScheduleRunner, clock: Clock) -> None:
+    job = {"import_model": {"source": "builtin:tiny", "output_model": "m"}, "secrets": {"WANDB_API_KEY": "wandb"}}
+    add(store, job=job)
+    clock.time = START + timedelta(hours=1)
+    await runner.round()
+    assert outcomes(store)[0][1].startswith("NOT_FOUND: job.secrets.WANDB_API_KEY: there is no secret 'wandb'")
+    vault = runner._vault
+    sealed = vault.seal("default", "wandb", "s3cret")
+    store.write_now(lambda session: secret_store.set_secret(session, vault, "default", "wandb", sealed))
+    clock.time = START + timedelta(hours=2)
+    await runner.round()
+    assert [each.secrets for each in jobs(store)] == [{"WANDB_API_KEY": "wandb"}]
