@@ -121,4 +121,4 @@ def outcome_of(error: BaseException, source: str = "driver") -> agent_pb2.Outcom
 
 def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:MESSAGE_LIMIT]
+    return blot(lines[0] if lines else type(error).__name__)[:MESSAGE_LIMIT]

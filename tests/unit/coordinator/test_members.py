@@ -55,8 +55,6 @@ async def test_the_lesser_role_of_key_and_member_counts(store: Store, of_key: in
 
 
 async def test_a_member_of_the_same_name_in_another_project_counts_for_nothing(store: Store) -> None:
-    put(store, "ada", VIEWER)
-
     def work(session: Session) -> None:
         session.add(tables.Project(id="theirs", create_time=tables.now()))
         session.flush()
@@ -64,6 +62,9 @@ async def test_a_member_of_the_same_name_in_another_project_counts_for_nothing(s
 
     store.write_now(work)
     add_key(store, "k", "ada", TOKEN)
+    with pytest.raises(Unauthenticated, match="who is no member"):
+        await Keys(store, Notifier()).find(TOKEN)
+    put(store, "ada", VIEWER)
     assert (await Keys(store, Notifier()).find(TOKEN)).role == VIEWER
     assert leave(store, "ada") == ["k"]
     assert store.read_now(lambda session: session.get(tables.Member, ("theirs", "ada"))) is not None

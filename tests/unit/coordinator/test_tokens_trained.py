@@ -67,6 +67,7 @@ def test_tokens_of_all_trials_count(store: Store, new_job: NewJob) -> None:
     job, agent = running(store, new_job)
     tell(store, job, "trial-1/rank-0", 1, 300)
     tell(store, job, "trial-2/rank-0", 1, 500, 0)  # the last word of a source that trains no more takes nothing back
+    tell(store, job, "trial-2/rank-0", 3, 0)
     assert shown(store, job) == 800
     agent.ends("FAILED", "ERROR", "SOME_ERROR")
     assert of_project(store) == (800, 800)
