@@ -49,11 +49,11 @@ def some(kind: TypeEngine[Any]) -> Any:
     return 7 if isinstance(kind, Integer | Float) else "x"
 
 
-def add(engine: Engine, table: Table, **values: Any) -> None:
-    """Put a row in."""
+def add(engine: Engine, table: Table, *many: dict[str, Any], **values: Any) -> None:
+    """Put a row in with these values, or a row with each of several."""
     row = {column.name: some(column.type) for column in table.columns if not column.nullable or column.primary_key}
     with for_writing(engine).begin() as connection:
-        connection.execute(insert(table), row | values)
+        connection.execute(insert(table), [row | values | each for each in many or ({},)])
 
 
 def rows(engine: Engine, table: Table) -> list[dict[str, Any]]:

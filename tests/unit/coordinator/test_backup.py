@@ -87,8 +87,7 @@ def test_every_row_of_every_table_comes_back_in_a_database_of_either_kind(store_
         add(engine, table)
         if table.name == "job_log":
             # More than are read at once, and whatever a line may hold.
-            for number in range(8, 1300):
-                add(engine, table, sequence=number, message=f'"{number}"\n\t\\u0000 ü \N{GRINNING FACE}')
+            add(engine, table, *({"sequence": n, "message": f'"{n}"\n\t\\u0000 ü \N{GRINNING FACE}'} for n in range(8, 1300)))
     engine.dispose()
     manifest = json.loads(zipfile.ZipFile(backed_up(store_url, file)).read("manifest.json"))
     assert {name: part["rows"] for name, part in manifest["parts"].items()} == {
