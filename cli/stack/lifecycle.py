@@ -67,7 +67,6 @@ def _start(home: Path, wishes: Wishes, before: StackState | None, say: Say) -> S
     if before is not None:
         reap(home, folders=[before.ray.temp_dir])
     settings = Settings(home=home)
-    coordinator.check_tls(settings)
     given = settings.model_fields_set
     port = wishes.port or (settings.port if "port" in given else None)
     gateway_port = wishes.gateway_port or (settings.gateway_port if "gateway_port" in given else None)
@@ -124,13 +123,14 @@ def _complete(home: Path, state: StackState, say: Say) -> StackState:
     ray_process, coordinator_process = state.ray_process, state.coordinator_process
     start_ray = state.ray.local and (ray_process is None or ray_process.process() is None)
     start_coordinator = coordinator_process is None or coordinator_process.process() is None
+    if start_coordinator:
+        coordinator.check_tls(Settings(home=home))
     if not start_ray and not start_coordinator:
         say(f"the stack of {home} runs already")
     if start_ray:
         reap(home, part=ray_head.PART, folders=[state.ray.temp_dir])
         ray_process = ray_head.start(state.ray, home)
     if start_coordinator:
-        coordinator.check_tls(Settings(home=home))
         reap(home, part=coordinator.PART)
         _wait_for_port(state.port)
         coordinator_process = coordinator.start(state, home)

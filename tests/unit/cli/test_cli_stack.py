@@ -341,6 +341,7 @@ def test_up_says_at_once_that_it_could_not_talk_to_what_it_would_start(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ray_head, "start", lambda *_: pytest.fail("Ray was started"))
     ran = luthier("up", "--home", tmp_path / "h")
     assert (ran.status, said in ran.stderr) == (2, True), ran.stderr
     assert not (tmp_path / "h" / "stack.json").exists()
