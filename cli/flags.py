@@ -13,7 +13,7 @@ from cli.failures import USAGE, Failure
 from cli.jobfile import fill
 from cli.values import duration, pairs
 from luthier.v1 import sweep_pb2, training_pb2
-from luthier.v1.job_pb2 import Job
+from luthier.v1.job_pb2 import Job, Placement
 from luthier.v1.sweep_pb2 import SearchDimension
 from luthier.v1.training_pb2 import FinetuneSpec, Hyperparameters, LoraConfig
 
@@ -59,6 +59,13 @@ class JobFlags:
     time_limit: Annotated[str, typer.Option(help="Stop and fail it after this long: 90s, 30m, 2h.")] = ""
     after: Annotated[list[str] | None, typer.Option(help="Job that has to succeed first; may be repeated.", metavar="JOB")] = None
     secret: SecretOption = None
+    gpu_type: Annotated[
+        list[str] | None, typer.Option(help="Type of accelerator that will do, H100; may be repeated.", metavar="TYPE")
+    ] = None
+    node_label: Annotated[
+        list[str] | None,
+        typer.Option(help="Label of a node, and its value: zone=a, zone=!a, zone=in(a,b); may be repeated.", metavar="KEY=VALUE"),
+    ] = None
     max_retries: Annotated[int | None, typer.Option(help="Retries after faults of the machines; 2 where absent.")] = None
     budget_cpu_hours: Annotated[float | None, typer.Option(help="CPU-hours that it may spend; a fine-tune then finishes.")] = None
     budget_gpu_hours: Annotated[float | None, typer.Option(help="GPU-hours that it may spend; a fine-tune then finishes.")] = None
@@ -241,6 +248,11 @@ def dress(job: Job, flags: JobFlags) -> Job:
         job.labels[key] = value
     for variable, name in pairs(flags.secret or (), "--secret", separator="").items():
         job.secrets[variable] = name
+    job.placement.gpu_types.extend(flags.gpu_type or ())
+    for label, condition in pairs(flags.node_label or (), "--node-label", separator="").items():
+        job.placement.node_labels[label] = condition
+    if job.placement == Placement():
+        job.ClearField("placement")
     _set(job.retry, max_retries=flags.max_retries)
     _set(job.budget, cpu_seconds=_seconds(flags.budget_cpu_hours), gpu_seconds=_seconds(flags.budget_gpu_hours))
     if flags.time_limit:

@@ -84,6 +84,8 @@ def job(
         parse(row.retry, message.retry)
     if row.budget:
         parse(row.budget, message.budget)
+    if row.placement:
+        parse(row.placement, message.placement)
     parse({row.kind: row.spec}, message)
     if row.time_limit_seconds is not None:
         message.time_limit.FromMilliseconds(int(row.time_limit_seconds * 1000))

@@ -7,6 +7,7 @@ from agents.evaluation.evaluate import headline
 from agents.evaluation.remote import evaluate_remotely
 from agents.link import Link
 from agents.models.resolve import materialise
+from common.placement import selector_of
 from luthier.agent.v1 import agent_pb2
 from luthier.v1 import job_pb2
 
@@ -39,6 +40,7 @@ def run(link: Link, claim: agent_pb2.ClaimRunResponse) -> agent_pb2.OutcomeRepor
         generate=not spec.skip_generation,
         cpus=TASK_CPUS,
         gpus=1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0,
+        selector=selector_of(claim.job.placement),
         name=model.name,
         dataset_name=dataset.name,
         link=link,

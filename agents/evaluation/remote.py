@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,13 +55,14 @@ def evaluate_remotely(
     generate: bool,
     cpus: float,
     gpus: float,
+    selector: Mapping[str, str],
     name: str,
     dataset_name: str,
     link: Link,
     phase: str,
     progress: job_pb2.Progress | None = None,
 ) -> evaluation_pb2.Evaluation:
-    """Score a model that lies in storage, in a Ray task that holds `cpus` and `gpus`, and return its scores.
+    """Score a model that lies in storage, in a Ray task that holds `cpus` and `gpus` on a node that `selector` matches.
 
     An adapter names its base by `base_uri`; for a whole model that is empty. `name` and `dataset_name` are how the scores call
     them. The progress sent to `link` counts rows, unless `progress` is given: then its steps are kept, and only phase and
@@ -87,6 +88,7 @@ def evaluate_remotely(
     task = ray.remote(
         num_cpus=cpus,
         num_gpus=gpus,
+        label_selector=dict(selector) or None,
         num_returns="streaming",
         # On a GPU the process holds the model's memory, so it ends with the task; else the next one saves the imports.
         max_calls=1 if gpus else 0,

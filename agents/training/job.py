@@ -23,6 +23,7 @@ from agents.training.ray_entry import resources, run_training
 from agents.training.worker import TrainPayload, TrainResult
 from common import storage
 from common.errors import InvalidArgument, Violation
+from common.placement import selector_of
 from luthier.agent.v1 import agent_pb2
 from luthier.v1 import evaluation_pb2, job_pb2, training_pb2
 
@@ -56,6 +57,7 @@ def run(link: Link, claim: agent_pb2.ClaimRunResponse) -> agent_pb2.OutcomeRepor
         use_gpu=use_gpu,
         resume_from=tuple((point.uri, point.manifest_sha256, point.step) for point in claim.resume_from),
         hang_seconds=claim.job.hang_timeout.ToMilliseconds() / 1000,
+        selector=selector_of(claim.job.placement),
         secrets=concealed.held(),
     )
     going_on = f", to go on from step {claim.resume_from[0].step}" if claim.resume_from else ""
@@ -157,6 +159,7 @@ class _Scoring:
             generate=self._spec.generate,
             cpus=self._task_cpus(),
             gpus=self._gpus,
+            selector=selector_of(self._claim.job.placement),
             name=name,
             dataset_name=dataset.name,
             link=self._link,

@@ -70,7 +70,12 @@ def run_training(payload: TrainPayload, *, callbacks: Sequence[Any] = ()) -> Tra
         _rank,
         train_loop_config={"payload": payload},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
-        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=use_gpu, resources_per_worker=held),
+        scaling_config=ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=use_gpu,
+            resources_per_worker=held,
+            label_selector=dict(payload.selector) or None,
+        ),
         run_config=RunConfig(
             name=payload.trial or "train",
             storage_path=storage.join(payload.run_uri, "ray"),

@@ -56,6 +56,8 @@ class TrainPayload:
     resume_from: tuple[tuple[str, str, int], ...] = ()
     # How long a rank may stand still within a step; 0 for what its own steps suggest.
     hang_seconds: float = 0.0
+    # Conditions on the labels of the nodes that it may run on.
+    selector: Mapping[str, str] = field(default_factory=dict)
     # Values of the job's secrets by environment variable. Ray Train's record of a run has what its payload looks like.
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 

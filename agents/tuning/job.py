@@ -22,6 +22,7 @@ from agents.tuning.space import Search, check_values
 from agents.tuning.trial import TrialPlan, score, trainable, trial_folder
 from common import manifest, storage
 from common.errors import Internal, InvalidArgument, LuthierError, Violation
+from common.placement import selector_of
 from luthier.agent.v1 import agent_pb2
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def run(link: Link, claim: agent_pb2.ClaimRunResponse) -> agent_pb2.OutcomeRepor
         judged_every=search.grace if search.algorithm == "asha" else 0.0,
         secrets=ray.put(concealed.held()) if concealed.held() else None,
     )
-    make_tuner(search, trainable(plan), board, claim.run_uri).fit()
+    make_tuner(search, trainable(plan), board, claim.run_uri, selector_of(claim.job.placement)).fit()
     check_wish(link)
 
     best = board.best()

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray import PlacementGroupID, tune
@@ -28,13 +28,15 @@ _ENVIRONMENT = {
 }
 
 
-def make_tuner(search: Search, trial: Callable[[dict[str, Value]], None], board: Board, storage_uri: str) -> tune.Tuner:
-    """Return a tuner that runs the trials and ends early once the board's `wished` is set."""
+def make_tuner(
+    search: Search, trial: Callable[[dict[str, Value]], None], board: Board, storage_uri: str, selector: Mapping[str, str]
+) -> tune.Tuner:
+    """Return a tuner that runs the trials, on nodes that `selector` matches, and ends early once the board's `wished` is set."""
     os.environ.update(_ENVIRONMENT)
     # It misses the result files that are turned off, and tells of failed trials with long traces; the board tells of them too.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     return tune.Tuner(
-        tune.with_resources(trial, {"CPU": TRIAL_CPUS}),
+        tune.with_resources(trial, _place(selector)),
         param_space={one.path: _domain(one, search.algorithm == "grid") for one in search.dimensions},
         tune_config=tune.TuneConfig(
             search_alg=BasicVariantGenerator(max_concurrent=search.concurrent, random_state=search.seed),
@@ -54,6 +56,14 @@ def make_tuner(search: Search, trial: Callable[[dict[str, Value]], None], board:
             failure_config=tune.FailureConfig(max_failures=0),
         ),
     )
+
+
+def _place(selector: Mapping[str, str]) -> Any:
+    """Where the driver of a trial goes."""
+    held = {"CPU": TRIAL_CPUS}
+    if not selector:
+        return held
+    return tune.PlacementGroupFactory([held], bundle_label_selector=[dict(selector)])
 
 
 def release(place: str) -> None:

@@ -21,6 +21,7 @@ from agents.tuning.board import FAILURE, FIGURES, OUTCOME, PLACE, trial_name
 from agents.tuning.space import Value, settle, with_values
 from common import storage
 from common.errors import InvalidArgument
+from common.placement import selector_of
 from luthier.agent.v1 import agent_pb2
 from luthier.v1 import evaluation_pb2, job_pb2, training_pb2
 
@@ -128,6 +129,7 @@ def score(
         generate=spec.evaluation.generate,
         cpus=config.cpus_per_worker,  # one worker's place is free on some node, all workers' may not be
         gpus=1.0 if use_gpu else 0.0,
+        selector=selector_of(claim.job.placement),
         name=name,
         dataset_name=dataset.name,
         link=link,
@@ -176,6 +178,7 @@ def _train_and_score(
         trial_split=spec.evaluation.split or "test",
         trial_max_rows=min(spec.evaluation.max_rows or JUDGED_ROWS, JUDGED_ROWS),
         hang_seconds=claim.job.hang_timeout.ToMilliseconds() / 1000,
+        selector=selector_of(claim.job.placement),
         secrets=concealed.held(),
     )
     trained = _train(payload, report)

@@ -1,4 +1,4 @@
-"""`luthier up`, `down` and `status`."""
+"""`luthier up`, `down`, `status` and `nodes`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import typer
 
 from cli.command import command
 from cli.context import Cli
-from cli.render.admin import status_table
+from cli.failures import FAILED, Failure
+from cli.render.admin import nodes_table, status_table
 from cli.stack import lifecycle
 from cli.stack.state import StackState
 from luthier.client import LuthierError
@@ -21,6 +22,7 @@ def register(app: typer.Typer) -> None:
     command(app)(up)
     command(app)(down)
     command(app)(status)
+    command(app)(nodes)
 
 
 def up(
@@ -76,6 +78,14 @@ def down(cli: Cli) -> None:
     answer = {"home": str(cli.home), "stopped": stopped}
     text = f"stopped {len(stopped)} processes of {cli.home}" if stopped else f"nothing of {cli.home} was running"
     cli.out.answer(answer, None if cli.json else text)
+
+
+def nodes(cli: Cli) -> None:
+    """List the nodes of the Ray cluster, and the labels by which jobs can ask for them."""
+    answer: GetStatusResponse = cli.client.status()
+    if not answer.ray.connected:
+        raise Failure(answer.ray.error or "the Ray cluster does not answer", FAILED)
+    cli.out.answer(answer.ray, nodes_table(answer.ray.each_node))
 
 
 def status(cli: Cli) -> None:

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from cli.render.text import ago, enum_text, facts, number, plain_table, when
 from luthier.client import short_name
-from luthier.v1.admin_pb2 import GetStatusResponse, Key, Role
+from luthier.v1.admin_pb2 import GetStatusResponse, Key, RayNode, Role
 
 
 def status_table(status: GetStatusResponse) -> Table:
@@ -34,6 +34,16 @@ def status_table(status: GetStatusResponse) -> Table:
             ("versions", ", ".join(f"{name} {version}" for name, version in sorted(status.versions.items()))),
         ]
     )
+
+
+def nodes_table(nodes: Iterable[RayNode]) -> Table:
+    """Nodes of the cluster, one a row."""
+    table = plain_table("node", "CPUs", "GPUs", "labels")
+    for node in sorted(nodes, key=lambda node: (-node.gpus, -node.cpus, node.id)):
+        # Every node has the label with its id, and nobody asks for a node by that.
+        labels = [f"{name}={value}" for name, value in sorted(node.labels.items()) if name != "ray.io/node-id"]
+        table.add_row(node.id[:12], number(node.cpus), number(node.gpus), ", ".join(labels) or "none")
+    return table
 
 
 def _rank(status: GetStatusResponse) -> str:

@@ -65,6 +65,14 @@ def job_view(job: Job, confusion: bool = False, traceback: bool = False) -> Grou
     return Group(*parts)
 
 
+def _placement(job: Job) -> str:
+    """On which nodes it may run, in words; empty where on any."""
+    said = [f"{label} {condition}" for label, condition in sorted(job.placement.node_labels.items())]
+    if job.placement.gpu_types:
+        said.insert(0, " or ".join(job.placement.gpu_types))
+    return f"nodes with {', '.join(said)}" if said else ""
+
+
 def _section(title: str, content: RenderableType) -> list[RenderableType]:
     return [Text(), Text(title, "bold underline"), content]
 
@@ -91,6 +99,7 @@ def _head(job: Job) -> Table:
             ("progress", progress if running else ""),
             ("result", job.result.model_version),
             ("labels", ", ".join(f"{key}={value}" for key, value in sorted(job.labels.items()))),
+            ("runs on", _placement(job)),
             ("secrets", ", ".join(f"{variable}={name}" for variable, name in sorted(job.secrets.items()))),
             ("after", ", ".join(short_name(name) for name in job.after)),
             ("priority", job.priority or ""),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 
+from common.placement import selector_of
+from coordinator import messages
 from coordinator.cluster.ray_cluster import RayCluster
 from coordinator.jobs.tokens import claim_token
 from coordinator.store.tables import Job
+from luthier.v1 import job_pb2
 
 
 def submission_id(uid: str, run: int) -> str:
@@ -50,4 +53,5 @@ class Launcher:
             "RAY_JOB_STOP_WAIT_TIME_S": "30",
             **self._environment,
         }
-        return self.cluster.submit(submission_id(job.uid, job.run), self._entrypoint, environment)
+        selector = selector_of(messages.parse(job.placement, job_pb2.Placement()))
+        return self.cluster.submit(submission_id(job.uid, job.run), self._entrypoint, environment, selector)

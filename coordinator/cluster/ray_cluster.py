@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,10 +97,13 @@ class RayCluster:
         if response.status_code != 200:
             raise Unavailable(f"Ray's dashboard answers {response.status_code} for its nodes", "RAY_UNAVAILABLE")
         nodes = response.json()["data"]["result"]["result"]
-        return Capacity(tuple(Node(str(node["node_id"]), _total(node)) for node in nodes))
+        return Capacity(tuple(Node(str(node["node_id"]), _total(node), _labels(node)) for node in nodes))
 
-    def submit(self, submission_id: str, entrypoint: str, env: dict[str, str]) -> bool:
-        """Start an agent as a Ray job; False where that submission exists already, which makes launching twice harmless."""
+    def submit(self, submission_id: str, entrypoint: str, env: dict[str, str], selector: Mapping[str, str]) -> bool:
+        """Start an agent as a Ray job on a node with certain labels.
+
+        False where that submission exists already, which makes launching twice harmless.
+        """
         client = self._job_client()
         try:
             client.submit_job(
@@ -107,6 +111,7 @@ class RayCluster:
                 submission_id=submission_id,
                 runtime_env={"env_vars": env},
                 entrypoint_num_cpus=DRIVER_CPUS,
+                entrypoint_label_selector=dict(selector) or None,
             )
         except Exception as error:
             if "already exists" in str(error):
@@ -150,6 +155,10 @@ class RayCluster:
 def _total(node: dict[str, Any]) -> Demand:
     resources = node.get("resources_total") or {}
     return Demand(float(resources.get("CPU", 0)), float(resources.get("GPU", 0)))
+
+
+def _labels(node: dict[str, Any]) -> dict[str, str]:
+    return {str(name): str(value) for name, value in (node.get("labels") or {}).items()}
 
 
 def _raise(error: Exception) -> None:

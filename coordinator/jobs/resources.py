@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from common.placement import selector_of
 from coordinator.scheduling.model import Demand, Shape
 from luthier.v1 import job_pb2, training_pb2
 
@@ -34,7 +36,11 @@ def fill_in(job: job_pb2.Job, cluster_has_gpus: bool) -> None:
 
 
 def shape(job: job_pb2.Job) -> Shape:
-    """What a job, with its defaults filled in, holds at a time, and which parts of it have to lie on one node each."""
+    """What a job, with its defaults filled in, holds at a time, which parts of it have to lie on one node each, and on which."""
+    return replace(_shape(job), selector=tuple(selector_of(job.placement).items()))
+
+
+def _shape(job: job_pb2.Job) -> Shape:
     kind = job.WhichOneof("spec")
     driver = Demand(DRIVER_CPUS)
     if kind == "finetune":
@@ -55,19 +61,21 @@ def shape(job: job_pb2.Job) -> Shape:
 
 def shape_document(shape: Shape) -> dict[str, Any]:
     """A shape as the store keeps it."""
-    return {
+    document = {
         "driver": [shape.driver.cpus, shape.driver.gpus],
         "worker": [shape.worker.cpus, shape.worker.gpus],
         "most": shape.most,
         "least": shape.least,
     }
+    return document | ({"selector": [list(each) for each in shape.selector]} if shape.selector else {})
 
 
 def shape_of(document: dict[str, Any], total: Demand) -> Shape:
     """Read what `shape_document` wrote. A job that was recorded before shapes were holds its total in one piece."""
     if not document:
         return Shape(total)
-    return Shape(Demand(*document["driver"]), Demand(*document["worker"]), document["most"], document["least"])
+    selector = tuple((label, condition) for label, condition in document.get("selector", ()))
+    return Shape(Demand(*document["driver"]), Demand(*document["worker"]), document["most"], document["least"], selector)
 
 
 def _worker(spec: training_pb2.FinetuneSpec) -> Demand:

@@ -9,6 +9,7 @@ from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
+from common import placement
 from common.errors import InvalidArgument, Violation
 from common.keeping import Keep
 from common.names import ID, ID_RULE
@@ -66,6 +67,7 @@ def validate(job: job_pb2.Job, methods: frozenset[str] | None = None) -> None:
     terms(bad, job)
     bad.check(len(job.after) <= MAX_AFTER, "job.after", f"more than {MAX_AFTER} jobs")
     bad.extend(job_secrets.violations(job.secrets))
+    bad.extend(placement.violations(job.placement, "job.placement"))
     if kind == "finetune":
         finetune(bad, job.finetune, "job.finetune", methods)
     elif kind == "sweep":

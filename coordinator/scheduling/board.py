@@ -67,7 +67,7 @@ class Board:
         """Room for up to so many further workers of a gang that starts now, taken from what delays nobody."""
         room = self.careful or self.open
         place: Place = []
-        while more and (node := room.find(need.worker_cpus, need.worker_gpus)) >= 0:
+        while more and (node := room.of(need).find(need.worker_cpus, need.worker_gpus)) >= 0:
             count = min(more, need.fit(room.cpus[node], room.gpus[node]))
             place.append((node, count, False))
             self._take(parts(need, place[-1:]), short=False)

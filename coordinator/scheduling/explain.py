@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+from coordinator.scheduling.labels import Selector, words
 from coordinator.scheduling.model import Demand, Shape
 
 CLUSTER = "the Ray cluster to answer"
@@ -24,22 +25,29 @@ def pause(until: float) -> str:
     return f"its pause after a fault, until {datetime.fromtimestamp(until, UTC):%H:%M:%S} UTC"
 
 
-def larger_node(unit: Demand, nodes: Sequence[Demand]) -> str:
-    """A driver or worker that no node of the cluster can hold."""
+def larger_node(unit: Demand, nodes: Sequence[Demand], selector: Selector = ()) -> str:
+    """A driver or worker that no node of the cluster can hold, or none of those with the labels that it asks for."""
     cpus, gpus = max(node.cpus for node in nodes), max(node.gpus for node in nodes)
+    among = among_nodes(selector)
     if unit.gpus > gpus:
-        return f"a node with {unit.gpus:g} GPUs; the largest has {gpus:g}"
+        return f"a node with {unit.gpus:g} GPUs; the largest{among} has {gpus:g}"
     if unit.cpus > cpus:
-        return f"a node with {unit.cpus:g} CPUs; the largest has {cpus:g}"
-    return f"a node with {unit}; no node has both"
+        return f"a node with {unit.cpus:g} CPUs; the largest{among} has {cpus:g}"
+    return f"a node with {unit}; no node{among} has both"
+
+
+def among_nodes(selector: Selector) -> str:
+    """Of which nodes is spoken, where not of all."""
+    return f" with {words(selector)}" if selector else ""
 
 
 def larger_cluster(shape: Shape, cluster: Demand, room: int) -> str:
     """A gang that does not fit into the whole cluster."""
-    total = shape.total(shape.least)
+    total, among = shape.total(shape.least), among_nodes(shape.selector)
+    has = f"its nodes{among} have" if among else "the cluster has"
     if not total.fits(cluster):
-        return f"a larger cluster: needs {total}, the cluster has {cluster}"
-    return f"more nodes: {shape.least} workers of {shape.worker} each, the cluster can hold {room}"
+        return f"a larger cluster: needs {total}, {has} {cluster}"
+    return f"more nodes{among}: {shape.least} workers of {shape.worker} each, the cluster can hold {room}"
 
 
 def beside_endpoints(total: Demand, left: Demand) -> str:
@@ -73,17 +81,19 @@ def budget(cpus: bool) -> str:
 
 def room(shape: Shape, free: Demand, largest: Demand, workers: int) -> str:
     """The first job that waits for others to end. `largest` is the most of each resource that is free on one node, `workers` is
-    how many of the gang would find room now.
+    how many of the gang would find room now; all three are of the nodes that it may lie on.
     """
-    total = shape.total(shape.least)
+    total, among = shape.total(shape.least), among_nodes(shape.selector)
+    where = f" on nodes{among}" if among else ""
     if not total.fits(free):
-        return f"{total}; {amounts(free, total)} are free"
+        return f"{total}; {amounts(free, total)} are free{where}"
     for unit in (shape.worker, shape.driver) if shape.most else (shape.driver,):
         if not unit.fits(largest):
-            return f"a node with {unit} free; the most on one node is {amounts(largest, unit)}"
+            return f"a node{among} with {unit} free; the most on one node is {amounts(largest, unit)}"
     if shape.least > 1:
-        return f"room on single nodes for {shape.least} workers of {shape.worker} each; there is room for {workers}"
-    return f"a node with {shape.worker if shape.most else shape.driver} free at once; what is free lies on several nodes"
+        return f"room on single nodes{among} for {shape.least} workers of {shape.worker} each; there is room for {workers}"
+    unit = shape.worker if shape.most else shape.driver
+    return f"a node{among} with {unit} free at once; what is free lies on several nodes"
 
 
 def started(total: Demand, workers: int, shape: Shape, early: bool) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from coordinator.scheduling.labels import Selector
+
 
 @dataclass(frozen=True, slots=True)
 class Demand:
@@ -37,13 +39,14 @@ class Shape:
     """What a job needs: a driver, and a gang of equal workers. Driver and each worker have to lie on one node each.
 
     An elastic job takes any number of workers from `least` to `most`; for others the two are equal. A job without workers has
-    most = least = 0 and is all driver.
+    most = least = 0 and is all driver. All of it lies on nodes that `selector` matches.
     """
 
     driver: Demand
     worker: Demand = Demand()
     most: int = 0
     least: int = 0
+    selector: Selector = ()
 
     def total(self, workers: int | None = None) -> Demand:
         """All that it holds with so many workers; with the most where none are named."""
@@ -129,10 +132,11 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A machine of the cluster, with all that it has."""
+    """A machine of the cluster, with all that it has, and its labels."""
 
     id: str
     total: Demand
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

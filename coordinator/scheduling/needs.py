@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from coordinator.scheduling import explain
+from coordinator.scheduling import explain, labels
+from coordinator.scheduling.labels import Group, Selector
 from coordinator.scheduling.model import Demand, Node, Shape
 
 TICKS = 10_000
@@ -31,12 +32,17 @@ def demand(cpus: int, gpus: int) -> Demand:
     return Demand(cpus / TICKS, gpus / TICKS)
 
 
+Kinds = tuple[Counter[tuple[int, int]], Counter[tuple[int, int]]]
+"""How many nodes have so many CPUs and GPUs, and how many have so much left beside the endpoints."""
+
+
 @dataclass(slots=True, eq=False)
 class Need:
     """A shape in ten-thousandths. Compared by identity: equal shapes of one round share one.
 
     `cpus` and `gpus` are what it needs at least, `widest` is the most workers that one node of the empty cluster could hold, and
-    `never` says why the cluster could not run it even with all other jobs gone (empty where it could).
+    `never` says why the cluster could not run it even with all other jobs gone (empty where it could). `group` holds the nodes
+    that it may lie on, None where all will do.
     """
 
     shape: Shape
@@ -50,6 +56,7 @@ class Need:
     gpus: int
     widest: int = 0
     never: str | None = None
+    group: Group | None = None
 
     @classmethod
     def of(cls, shape: Shape) -> Need:
@@ -74,6 +81,10 @@ class Need:
             return -1
         return self.fit(cpus, gpus) - self.fit(cpus - self.driver_cpus, gpus - self.driver_gpus)
 
+    def may_lie_on(self, node: int) -> bool:
+        """Whether a node has the labels that it asks for."""
+        return self.group is None or node in self.group.members
+
     def part(self, workers: int, driver: bool) -> tuple[int, int]:
         """CPUs and GPUs of a part of it."""
         cpus, gpus = workers * self.worker_cpus, workers * self.worker_gpus
@@ -85,42 +96,67 @@ class Needs:
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         self.nodes = [(ticks(node.total.cpus), ticks(node.total.gpus)) for node in nodes]
-        self._whole = Counter(self.nodes)
-        self._beside = self._whole
-        self._known: dict[tuple[float, float, float, float, int, int], Need] = {}
+        self._labels = [node.labels for node in nodes]
+        self._left = self.nodes
+        self._groups: dict[Selector, Group] = {}
+        self._kinds: dict[Group | None, Kinds] = {}
+        self._known: dict[tuple[float, float, float, float, int, int, Selector], Need] = {}
 
     def endpoints_hold(self, held: Iterable[tuple[int, int]]) -> None:
         """Say what endpoints hold of each node: no waiting job can count on ever having that."""
-        self._beside = Counter((cpus - taken[0], gpus - taken[1]) for (cpus, gpus), taken in zip(self.nodes, held, strict=True))
+        self._left = [(cpus - taken[0], gpus - taken[1]) for (cpus, gpus), taken in zip(self.nodes, held, strict=True)]
+        self._kinds.clear()
 
     def of(self, shape: Shape) -> Need:
         """What this shape needs; the same object for an equal shape. What `never` says is left open."""
         driver, worker = shape.driver, shape.worker
-        key = (driver.cpus, driver.gpus, worker.cpus, worker.gpus, shape.most, shape.least)
+        key = (driver.cpus, driver.gpus, worker.cpus, worker.gpus, shape.most, shape.least, shape.selector)
         need = self._known.get(key)
         if need is None:
             need = self._known[key] = Need.of(shape)
-            need.widest = max((need.fit(*kind) for kind in self._whole), default=0)
+            need.group = self._group(shape.selector)
+            need.widest = max((need.fit(*kind) for kind in self._kinds_of(need.group)[0]), default=0)
         return need
 
     def asked(self, shape: Shape) -> Need:
         """The same for a job that waits, with `never`."""
         driver, worker = shape.driver, shape.worker
-        need = self._known.get((driver.cpus, driver.gpus, worker.cpus, worker.gpus, shape.most, shape.least))
+        need = self._known.get((driver.cpus, driver.gpus, worker.cpus, worker.gpus, shape.most, shape.least, shape.selector))
         if need is None or need.never is None:
             need = self.of(shape)
-            need.never = self._why_never(need) if self.nodes and _most_workers(need, self._beside) < need.least else ""
+            beside = self._kinds_of(need.group)[1]
+            need.never = self._why_never(need) if self.nodes and _most_workers(need, beside) < need.least else ""
         return need
+
+    def _group(self, selector: Selector) -> Group | None:
+        if not selector:
+            return None
+        group = self._groups.get(selector)
+        if group is None:
+            group = self._groups[selector] = Group.of(selector, self._labels)
+        return group
+
+    def _kinds_of(self, group: Group | None) -> Kinds:
+        """The nodes of a group (all for None) by what they have, and by what endpoints leave of that."""
+        kinds = self._kinds.get(group)
+        if kinds is None:
+            numbers = range(len(self.nodes)) if group is None else group.nodes
+            whole = Counter(self.nodes[number] for number in numbers)
+            kinds = self._kinds[group] = (whole, Counter(self._left[number] for number in numbers))
+        return kinds
 
     def _why_never(self, need: Need) -> str:
         shape = need.shape
+        whole, beside = self._kinds_of(need.group)
+        if not whole:
+            return labels.no_such_node(shape.selector, self._labels)
         for unit in (shape.worker, shape.driver) if need.most else (shape.driver,):
-            if not any(ticks(unit.cpus) <= cpus and ticks(unit.gpus) <= gpus for cpus, gpus in self._whole):
-                return explain.larger_node(unit, [demand(*kind) for kind in self._whole])
-        room = _most_workers(need, self._whole)
+            if not any(ticks(unit.cpus) <= cpus and ticks(unit.gpus) <= gpus for cpus, gpus in whole):
+                return explain.larger_node(unit, [demand(*kind) for kind in whole], shape.selector)
+        room = _most_workers(need, whole)
         if room >= need.least:
-            return explain.beside_endpoints(shape.total(shape.least), _sum(self._beside))
-        return explain.larger_cluster(shape, _sum(self._whole), max(room, 0))
+            return explain.beside_endpoints(shape.total(shape.least), _sum(beside))
+        return explain.larger_cluster(shape, _sum(whole), max(room, 0))
 
 
 def _most_workers(need: Need, kinds: Counter[tuple[int, int]]) -> int:

@@ -204,7 +204,8 @@ class Round:
     def _why_no_room(self, need: Need) -> str:
         room = self.board.open
         fit = Tally(need, room.cpus, room.gpus).room
-        return explain.room(need.shape, demand(room.free_cpus, room.free_gpus), demand(*room.largest()), max(fit, 0))
+        shelf = room.of(need)
+        return explain.room(need.shape, demand(shelf.free_cpus, shelf.free_gpus), demand(*room.largest(need)), max(fit, 0))
 
     def _decisions(self, waiting: Sequence[tuple[Row, str]], beside: Sequence[tuple[Waiting, str]]) -> list[Decision]:
         decisions = [self._started(*start) for start in self.started]

@@ -27,7 +27,7 @@ from coordinator.scheduling.board import Board, Release
 from coordinator.scheduling.model import Holding
 from coordinator.scheduling.needs import Need
 from coordinator.scheduling.order import Cover, Queued, effective
-from coordinator.scheduling.packing import Room, Tally, parts
+from coordinator.scheduling.packing import Part, Room, Tally, parts
 
 
 @dataclass(slots=True, eq=False)
@@ -81,8 +81,9 @@ def choose(queued: Queued, points: float, field: Sequence[Candidate], board: Boa
     """The victims for this job: none where even all that it may preempt do not make enough room."""
     need = queued.need
     room = board.promised_or_free()
-    missing_cpus, missing_gpus = need.cpus - room.free_cpus, need.gpus - room.free_gpus
-    allowed = [each for each in field if may_preempt(queued, points, each) and board.gives(each.release)]
+    shelf = room.of(need)
+    missing_cpus, missing_gpus = need.cpus - shelf.free_cpus, need.gpus - shelf.free_gpus
+    allowed = [each for each in field if may_preempt(queued, points, each) and _useful(board.gives(each.release), need)]
     if sum(each.cpus for each in allowed) < missing_cpus or sum(each.gpus for each in allowed) < missing_gpus:
         return []
     tally = Tally(need, room.cpus, room.gpus)
@@ -122,6 +123,11 @@ def _only_needed(need: Need, room: Room, asked: Sequence[Candidate], tally: Tall
         else:
             _shift(tally, each, 1)
     return kept
+
+
+def _useful(given: Sequence[Part], need: Need) -> bool:
+    """Whether any of what somebody gives back lies where this may lie."""
+    return any(need.may_lie_on(part[0]) for part in given)
 
 
 def _shift(tally: Tally, candidate: Candidate, sign: int) -> None:

@@ -163,6 +163,10 @@ class AdminService(ProjectCalls, BackupCalls, admin_pb2_grpc.AdminServiceService
             response.ray.cpus, response.ray.gpus = capacity.total.cpus, capacity.total.gpus
             response.ray.cpus_free = max(capacity.total.cpus - held.cpus, 0)
             response.ray.gpus_free = max(capacity.total.gpus - held.gpus, 0)
+            response.ray.each_node.extend(
+                admin_pb2.RayNode(id=node.id, cpus=node.total.cpus, gpus=node.total.gpus, labels=node.labels)
+                for node in capacity.nodes
+            )
         if who.may("jobs" + scopes.READ):
             response.jobs.update(dict(counts))
         return response

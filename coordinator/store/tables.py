@@ -143,6 +143,8 @@ class Job(SQLModel, table=True):
     cpus: float = 0.0
     gpus: float = 0.0
     shape: dict[str, Any] = _json()
+    # Where it may run, as it was asked for.
+    placement: dict[str, Any] = _json()
     retry: dict[str, Any] = _json()
     budget: dict[str, float] = _json()
     request_id: str | None = None

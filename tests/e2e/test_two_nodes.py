@@ -112,6 +112,12 @@ def test_a_worker_on_each_node_and_nothing_shared_but_the_storage(root: Path, co
         done = wait_for(client, job.name, seconds=300)
         assert done.state == job_pb2.JOB_STATE_SUCCEEDED, done.error
         points = client.jobs.ListCheckpoints(job_pb2.ListCheckpointsRequest(parent=job.name)).checkpoints
+        small = {"base": "builtin:tiny", "dataset": "things", "method": "lora", "evaluation": {"disabled": True}}
+        there = {"finetune": {**small, "hyperparameters": {"max_steps": 2}}, "placement": {"node_labels": {"zone": "b"}}}
+        placed = wait_for(client, client.create_job(spec(there)).name, seconds=200)
+        assert placed.state == job_pb2.JOB_STATE_SUCCEEDED, placed.error
+        (node_b,) = [node.id for node in client.status().ray.each_node if node.labels.get("zone") == "b"]
+        assert [rank.node for rank in placed.result.engine.ranks] == [node_b]
     ranks = done.result.engine.ranks
     assert [rank.rank for rank in ranks] == [0, 1]
     assert ranks[0].node != ranks[1].node

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from common.errors import Unavailable
@@ -18,6 +19,8 @@ class FakeRay:
         self.cpus = cpus
         self.jobs: dict[str, Submission] = {}
         self.environments: dict[str, dict[str, str]] = {}
+        self.labels: dict[str, str] = {}
+        self.selectors: dict[str, dict[str, str]] = {}
         self.refused: list[str] = []
         self.stopped: list[str] = []
         self.down = False
@@ -31,15 +34,16 @@ class FakeRay:
 
     def capacity(self) -> Capacity:
         self._answer()
-        return Capacity((Node("only", Demand(self.cpus, 0.0)),))
+        return Capacity((Node("only", Demand(self.cpus, 0.0), self.labels),))
 
-    def submit(self, submission_id: str, entrypoint: str, env: dict[str, str]) -> bool:
+    def submit(self, submission_id: str, entrypoint: str, env: dict[str, str], selector: Mapping[str, str]) -> bool:
         self._answer()
         if submission_id in self.jobs:
             self.refused.append(submission_id)
             return False
         self.jobs[submission_id] = Submission("RUNNING", "")
         self.environments[submission_id] = env
+        self.selectors[submission_id] = dict(selector)
         return True
 
     def submissions(self) -> dict[str, Submission]:

@@ -47,7 +47,7 @@ def main(root: Path) -> None:
             **common,
         },
     )
-    cluster.add_node(num_cpus=2, env_vars=of_node("node-b", "node-a"), **common)
+    cluster.add_node(num_cpus=2, labels={"zone": "b"}, env_vars=of_node("node-b", "node-a"), **common)
     cluster.wait_for_nodes()
     # As `ray start` does, and `Cluster` does not: a job's supervisor finds its cluster by this file. Without it the supervisor
     # takes any Ray that runs on the machine, which is another test's stack every other time.

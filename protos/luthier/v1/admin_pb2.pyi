@@ -818,6 +818,7 @@ class RayStatus(_message.Message):
     CPUS_FREE_FIELD_NUMBER: _builtins.int
     GPUS_FIELD_NUMBER: _builtins.int
     GPUS_FREE_FIELD_NUMBER: _builtins.int
+    EACH_NODE_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     """Address of the cluster's dashboard."""
     connected: _builtins.bool
@@ -834,6 +835,10 @@ class RayStatus(_message.Message):
     """GPUs."""
     gpus_free: _builtins.float
     """GPUs not held by jobs or endpoints."""
+    @_builtins.property
+    def each_node(self) -> _containers.RepeatedCompositeFieldContainer[Global___RayNode]:
+        """Each node that is alive."""
+
     def __init__(
         self,
         *,
@@ -845,14 +850,71 @@ class RayStatus(_message.Message):
         cpus_free: _builtins.float = ...,
         gpus: _builtins.float = ...,
         gpus_free: _builtins.float = ...,
+        each_node: _abc.Iterable[Global___RayNode] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "connected", b"connected", "cpus", b"cpus", "cpus_free", b"cpus_free", "error", b"error", "gpus", b"gpus", "gpus_free", b"gpus_free", "nodes", b"nodes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "connected", b"connected", "cpus", b"cpus", "cpus_free", b"cpus_free", "each_node", b"each_node", "error", b"error", "gpus", b"gpus", "gpus_free", b"gpus_free", "nodes", b"nodes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RayStatus: _TypeAlias = RayStatus  # noqa: Y015
+
+@_typing.final
+class RayNode(_message.Message):
+    """RayNode is a machine of the cluster."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ID_FIELD_NUMBER: _builtins.int
+    CPUS_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Ray's id of it."""
+    cpus: _builtins.float
+    """Logical CPUs."""
+    gpus: _builtins.float
+    """GPUs."""
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What Ray and whoever started it say of it: ray.io/accelerator-type, ray.io/market-type, zone, ... Jobs ask for nodes by these."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        cpus: _builtins.float = ...,
+        gpus: _builtins.float = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpus", b"cpus", "gpus", b"gpus", "id", b"id", "labels", b"labels"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RayNode: _TypeAlias = RayNode  # noqa: Y015
 
 @_typing.final
 class BackupRecordsRequest(_message.Message):

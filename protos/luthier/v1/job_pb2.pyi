@@ -263,6 +263,7 @@ class Job(_message.Message):
     BUDGET_FIELD_NUMBER: _builtins.int
     SECRETS_FIELD_NUMBER: _builtins.int
     HANG_TIMEOUT_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
     FINETUNE_FIELD_NUMBER: _builtins.int
     SWEEP_FIELD_NUMBER: _builtins.int
     EVALUATE_FIELD_NUMBER: _builtins.int
@@ -351,6 +352,10 @@ class Job(_message.Message):
         """
 
     @_builtins.property
+    def placement(self) -> Global___Placement:
+        """On which nodes it may run. Anywhere where absent."""
+
+    @_builtins.property
     def finetune(self) -> _training_pb2.FinetuneSpec:
         """Train a model on a data set."""
 
@@ -421,6 +426,7 @@ class Job(_message.Message):
         budget: Global___Budget | None = ...,
         secrets: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         hang_timeout: _duration_pb2.Duration | None = ...,
+        placement: Global___Placement | None = ...,
         finetune: _training_pb2.FinetuneSpec | None = ...,
         sweep: _sweep_pb2.SweepSpec | None = ...,
         evaluate: _evaluation_pb2.EvaluateSpec | None = ...,
@@ -446,15 +452,67 @@ class Job(_message.Message):
         usage: Global___Usage | None = ...,
         schedule: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "evaluate", b"evaluate", "finetune", b"finetune", "hang_timeout", b"hang_timeout", "import_model", b"import_model", "progress", b"progress", "queue", b"queue", "result", b"result", "retry", b"retry", "spec", b"spec", "start_time", b"start_time", "sweep", b"sweep", "time_limit", b"time_limit", "update_time", b"update_time", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "evaluate", b"evaluate", "finetune", b"finetune", "hang_timeout", b"hang_timeout", "import_model", b"import_model", "placement", b"placement", "progress", b"progress", "queue", b"queue", "result", b"result", "retry", b"retry", "spec", b"spec", "start_time", b"start_time", "sweep", b"sweep", "time_limit", b"time_limit", "update_time", b"update_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "attempt", b"attempt", "budget", b"budget", "cancel_requested", b"cancel_requested", "create_time", b"create_time", "creator", b"creator", "display_name", b"display_name", "end_reason", b"end_reason", "end_time", b"end_time", "error", b"error", "etag", b"etag", "evaluate", b"evaluate", "finetune", b"finetune", "hang_timeout", b"hang_timeout", "import_model", b"import_model", "kind", b"kind", "labels", b"labels", "name", b"name", "pause_requested", b"pause_requested", "priority", b"priority", "progress", b"progress", "queue", b"queue", "result", b"result", "retry", b"retry", "run", b"run", "runs", b"runs", "schedule", b"schedule", "secrets", b"secrets", "sequence", b"sequence", "spec", b"spec", "start_time", b"start_time", "state", b"state", "sweep", b"sweep", "time_limit", b"time_limit", "uid", b"uid", "update_time", b"update_time", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "attempt", b"attempt", "budget", b"budget", "cancel_requested", b"cancel_requested", "create_time", b"create_time", "creator", b"creator", "display_name", b"display_name", "end_reason", b"end_reason", "end_time", b"end_time", "error", b"error", "etag", b"etag", "evaluate", b"evaluate", "finetune", b"finetune", "hang_timeout", b"hang_timeout", "import_model", b"import_model", "kind", b"kind", "labels", b"labels", "name", b"name", "pause_requested", b"pause_requested", "placement", b"placement", "priority", b"priority", "progress", b"progress", "queue", b"queue", "result", b"result", "retry", b"retry", "run", b"run", "runs", b"runs", "schedule", b"schedule", "secrets", b"secrets", "sequence", b"sequence", "spec", b"spec", "start_time", b"start_time", "state", b"state", "sweep", b"sweep", "time_limit", b"time_limit", "uid", b"uid", "update_time", b"update_time", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["finetune", "sweep", "evaluate", "import_model"]  # noqa: Y015
     _WhichOneofArgType_spec: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_spec) -> _WhichOneofReturnType_spec | None: ...
 
 Global___Job: _TypeAlias = Job  # noqa: Y015
+
+@_typing.final
+class Placement(_message.Message):
+    """Placement says on which nodes a job may run: its driver, its workers, and what scores its model. They meet all that is said here."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class NodeLabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NODE_LABELS_FIELD_NUMBER: _builtins.int
+    GPU_TYPES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def node_labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Conditions by label of a node, as Ray writes them: `a` (it is a), `!a` (it is not), `in(a,b)` (one of these), `!in(a,b)` (none of
+        these). `luthier nodes` shows the labels.
+        """
+
+    @_builtins.property
+    def gpu_types(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Types of accelerators, any of which will do, as Ray names them in the label ray.io/accelerator-type: H100, A100, L4, ..."""
+
+    def __init__(
+        self,
+        *,
+        node_labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        gpu_types: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_types", b"gpu_types", "node_labels", b"node_labels"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Placement: _TypeAlias = Placement  # noqa: Y015
 
 @_typing.final
 class RetryPolicy(_message.Message):

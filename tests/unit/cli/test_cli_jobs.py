@@ -6,7 +6,16 @@ import pytest
 
 from luthier.v1 import sweep_pb2, training_pb2
 from luthier.v1.evaluation_pb2 import Classification, ConfusionRow, Evaluation
-from luthier.v1.job_pb2 import JOB_STATE_FAILED, JOB_STATE_RUNNING, JOB_STATE_SUCCEEDED, Job, JobError, LogLine, Progress
+from luthier.v1.job_pb2 import (
+    JOB_STATE_FAILED,
+    JOB_STATE_RUNNING,
+    JOB_STATE_SUCCEEDED,
+    Job,
+    JobError,
+    LogLine,
+    Placement,
+    Progress,
+)
 from luthier.v1.sweep_pb2 import Trial
 from luthier.v1.training_pb2 import EngineReport, FinetuneSpec, RankReport
 from tests.support.fake_services import FakeCoordinator
@@ -32,12 +41,14 @@ def test_train_flags_become_the_spec(luthier, fake: FakeCoordinator) -> None:
         "--seed 0 --rank 8 --alpha 16 --dropout 0.1 --target-modules q_proj,v_proj --precision bf16 --loss-on all "
         "--checkpoint-every 5 --keep-checkpoints 1 "
         "--eval-before --eval-split validation --eval-rows 10 --label-key category --generate "
+        "--gpu-type H100 --gpu-type H200 --node-label zone=!eu "
         "--name nightly --label team=search --label env=test --priority -3 --time-limit 1h30m --request-id r-1"
     )
     luthier(*TRAIN, *flags.split(), "--set", "hyperparameters.max_grad_norm=0.5", "--set", "labels.team=desk")
     job, spec = sent(fake), sent(fake).finetune
     assert (job.display_name, dict(job.labels), job.priority) == ("nightly", {"team": "desk", "env": "test"}, -3)
     assert job.time_limit.seconds == 5400
+    assert job.placement == Placement(gpu_types=["H100", "H200"], node_labels={"zone": "!eu"})
     assert fake.called("CreateJob")[-1].request.request_id == "r-1"
     assert (spec.method, spec.output_model, spec.workers, spec.worker_resources.cpus) == ("lora", "m", 2, 0.5)
     assert spec.sharding.zero_stage == 3

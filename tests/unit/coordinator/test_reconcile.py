@@ -56,6 +56,17 @@ async def test_what_fits_is_started_once_and_the_rest_says_what_it_waits_for(
     assert loop.queue.decisions[second.uid].reason == "3.25 CPUs; 0.75 CPUs are free"
 
 
+async def test_a_run_is_started_on_the_nodes_that_its_job_asks_for(
+    loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob
+) -> None:
+    ray.labels = {"ray.io/accelerator-type": "A100", "zone": "a"}
+    there = new_job(placement=job_pb2.Placement(gpu_types=["A100", "H100"], node_labels={"zone": "!b"}))
+    elsewhere = new_job(placement=job_pb2.Placement(gpu_types=["H100"]))
+    await loop.round()
+    assert ray.selectors == {submission_id(there.uid, 1): {"ray.io/accelerator-type": "in(A100,H100)", "zone": "!b"}}
+    assert loop.queue.decisions[elsewhere.uid].reason == "a node with accelerator-type H100; nodes have A100 (1)"
+
+
 async def test_nothing_that_a_user_wrote_reaches_the_command_line(loop: Reconciler, ray: FakeRay, new_job: NewJob) -> None:
     job = new_job(display_name="x; rm -rf /")
     await loop.round()

@@ -26,6 +26,7 @@ def submission(request_id: str = "", workers: int = 1) -> tuple[create.Request, 
     job.hang_timeout.seconds = 600
     job.budget.gpu_seconds = 3600
     job.retry.max_retries = 5
+    job.placement.gpu_types.append("H100")
     request = create.request_of("default", "tester", job_pb2.CreateJobRequest(job=job, request_id=request_id))
     fill_in(job, cluster_has_gpus=False)
     return request, job

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from coordinator.scheduling.model import Decision, Demand, Holding, Node, Plan, Shape, Situation, Spot, Terms, Waiting
@@ -85,6 +86,7 @@ def check(asked_for: Situation, found: Plan) -> None:
     queue = {each.uid: each for each in asked_for.queue}
     assert sorted(each.uid for each in found.decisions) == sorted(queue)
     free = {each.id: each.total for each in asked_for.nodes or ()}
+    labels_of = {each.id: each.labels for each in asked_for.nodes or ()}
     for holding in asked_for.holding:
         for spot in holding.spots:
             free[spot.node] -= part(holding.shape, spot.workers, spot.driver)
@@ -106,6 +108,7 @@ def check(asked_for: Situation, found: Plan) -> None:
         assert sum(spot.workers for spot in decision.spots) == decision.workers
         assert sum(spot.driver for spot in decision.spots) == 1
         for spot in decision.spots:
+            assert meets(labels_of[spot.node], waiting.shape.selector)
             free[spot.node] -= part(waiting.shape, spot.workers, spot.driver)
         taken = waiting.shape.total(decision.workers)
         total_held += taken
@@ -132,6 +135,15 @@ def check(asked_for: Situation, found: Plan) -> None:
         assert by_uid[each.uid].preemptible
         assert not by_uid[each.uid].stopping
         assert not decided(found)[each.for_uid].start
+
+
+def meets(labels: Mapping[str, str], selector: Iterable[tuple[str, str]]) -> bool:
+    """Whether a node has such labels, told without the scheduler's own code."""
+    for label, condition in selector:
+        values = re.sub(r"^!?(in\()?|\)$", "", condition).split(",")
+        if (labels.get(label) in values) == condition.startswith("!"):
+            return False
+    return True
 
 
 def part(shape: Shape, workers: int, driver: bool) -> Demand:

@@ -16,21 +16,36 @@ INFINITE = float("inf")
 projects = st.sampled_from("abcd")
 amounts = st.sampled_from([0.1, 0.5, 1.0, 1.5, 2.0, 4.0])
 gpus = st.sampled_from([0.0, 0.0, 0.5, 1.0, 2.0])
+labels = st.sampled_from([{}, {"zone": "a"}, {"zone": "b"}, {"zone": "a", "kind": "x"}, {"kind": "x"}])
+selectors = st.sampled_from(
+    [
+        (),
+        (),
+        (),
+        (("zone", "a"),),
+        (("zone", "!a"),),
+        (("zone", "in(a,b)"),),
+        (("kind", "x"), ("zone", "!in(b,c)")),
+        (("zone", "c"),),
+    ]
+)
 
 
 @st.composite
 def shapes(draw: st.DrawFn) -> Shape:
     driver = Demand(draw(amounts), draw(st.sampled_from([0.0, 0.0, 1.0])))
+    selector = draw(selectors)
     if draw(st.booleans()):
-        return Shape(driver)
+        return Shape(driver, selector=selector)
     least, most = sorted((draw(st.integers(0, 4)), draw(st.integers(1, 6))))
-    return Shape(driver, Demand(draw(amounts), draw(gpus)), most, draw(st.sampled_from([least, most])))
+    return Shape(driver, Demand(draw(amounts), draw(gpus)), most, draw(st.sampled_from([least, most])), selector)
 
 
 @st.composite
 def situations(draw: st.DrawFn) -> Situation:
     cluster = [
-        Node(f"n{number}", Demand(draw(st.integers(1, 8)), draw(st.integers(0, 4)))) for number in range(draw(st.integers(1, 6)))
+        Node(f"n{number}", Demand(draw(st.integers(1, 8)), draw(st.integers(0, 4))), draw(labels))
+        for number in range(draw(st.integers(1, 6)))
     ]
     queue = [
         Waiting(
