@@ -50,7 +50,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
             return row, job_secrets.hand_over(session, self._vault, row)
 
         row, secrets = await self._store.write(claim)
-        self._notifier.notify(row.uid)
+        self._notifier.notify(request.job_uid)
         if isinstance(secrets, LuthierError):
             # The run has ended by that, so that its agent has nothing to do.
             self._notifier.notify("scheduler")

@@ -16,12 +16,16 @@ from coordinator.jobs.reconcile import Reconciler
 from coordinator.jobs.resolve import Resolved
 from coordinator.jobs.resources import fill_in
 from coordinator.jobs.submit import Submission, record
+from coordinator.jobs.tokens import claim_token
+from coordinator.notify import Notifier
 from coordinator.secret_store import delete_secret, encrypt_anew, set_secret
+from coordinator.services.agent import AgentService
 from coordinator.store import tables
 from coordinator.store.database import Store
 from coordinator.vault import Vault
+from luthier.agent.v1 import agent_pb2
 from luthier.v1 import job_pb2, training_pb2
-from tests.support.job_runs import Agent, now_of, run_of, set_columns
+from tests.support.job_runs import SECRET, Agent, now_of, run_of, secret_of, set_columns
 
 VALUE = "hf_plain-and-secret"
 OLD, NEW = b"o" * 32, b"n" * 32
@@ -231,6 +235,27 @@ def test_a_run_whose_secret_cannot_be_had_fails_and_says_why(
     row = now_of(store, job)
     assert (row.state, row.end_reason, row.error["code"]) == ("FAILED", "ERROR", "SECRET_NOT_FOUND")
     assert run_of(store, job).end_time is not None
+
+
+async def test_the_answer_to_a_claim_has_the_values_and_a_repeated_claim_gets_them_again(
+    store: Store, safe: Vault, loop: Reconciler, new_job: Callable[..., tables.Job]
+) -> None:
+    keep(store, safe)
+    job = new_job(secrets={"HF_TOKEN": "hub"})
+    started(store, loop, job)
+    service = AgentService(store, Notifier(), secret_of(store), "file:///storage", safe)
+    token = claim_token(secret_of(store), job.uid, 1)
+    request = agent_pb2.ClaimRunRequest(job_uid=job.uid, run=1, claim_token=token, session_secret=SECRET)
+    for _ in range(2):
+        response = await service.ClaimRun(request, None)  # type: ignore[arg-type]
+        assert dict(response.secrets) == {"HF_TOKEN": VALUE}
+        assert VALUE not in str(response.job)
+    store.write_now(lambda session: session.delete(session.get_one(tables.Secret, ("default", "hub"))))
+    with pytest.raises(NotFound, match="no secret 'hub'"):
+        await service.ClaimRun(request, None)  # type: ignore[arg-type]
+    assert now_of(store, job).state == "FAILED"
+    with pytest.raises(FailedPrecondition, match="no longer counts"):
+        await service.ClaimRun(request, None)  # type: ignore[arg-type]
 
 
 def test_a_secret_is_not_deleted_while_a_job_may_need_it(store: Store, safe: Vault, new_job: Callable[..., tables.Job]) -> None:
