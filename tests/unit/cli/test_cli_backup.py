@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
 import grpc
+import pytest
+from rich.console import Console
 
+from cli.commands import backup
+from cli.output import Output
 from tests.support.fake_services import Failure, FakeCoordinator
 
 
@@ -43,3 +48,14 @@ def test_restore_says_in_one_line_what_is_wrong_with_a_file(luthier, tmp_path: P
     ran = luthier("restore", tmp_path / "odd", "--home", home)
     assert (ran.status, ran.stderr.count("\n"), "is no backup of Luthier" in ran.stderr) == (2, 1, True)
     assert not (home / "luthier.db").exists()
+
+
+@pytest.mark.parametrize(("patience", "shown"), [(0.0, True), (60.0, False)])
+def test_a_bar_is_shown_only_for_what_takes_long(monkeypatch: pytest.MonkeyPatch, patience: float, shown: bool) -> None:
+    monkeypatch.setattr(backup, "PATIENCE_SECONDS", patience)
+    out, screen = Output(as_json=True), io.StringIO()
+    out.stderr = Console(file=screen, force_terminal=True, width=100)
+    with backup.slow_bar(out) as show:
+        show("rows", 3, 12)
+        show("bytes", 5, 10)
+    assert ("bytes" in screen.getvalue(), "5/10" in screen.getvalue()) == (shown, shown)
