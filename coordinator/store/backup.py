@@ -38,8 +38,8 @@ ROWS_AT_ONCE = 500
 PIECE = 1 << 20
 
 WITHOUT = (
-    "artifacts, which stay under the storage URI, and files of the home: admin.key, and the key file without which encrypted"
-    " secrets cannot be read"
+    "artifacts, which stay under the storage URI, and files of the home: admin.key, and secrets.key, without which encrypted"
+    " secrets cannot be read; put that into a new home before its coordinator starts"
 )
 """What no backup holds, for people."""
 
