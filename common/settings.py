@@ -37,6 +37,11 @@ class Settings(BaseSettings):
     store_url: str = Field("", description="SQLAlchemy URL of the records; SQLite in the home if empty.")
     storage_uri: str = Field("", description="URI under which artifacts are kept; a folder in the home if empty.")
     ray_address: str = Field("", description="URL of the Ray dashboard (http://host:8265); empty while there is none.")
+    ray_gcs_address: str = Field(
+        "",
+        description="host:port of Ray's GCS (6379 on the head), by which its autoscaler is told what is queued; empty where the"
+        " cluster has no autoscaler.",
+    )
     ray_token_path: Path | None = Field(None, description="File with Ray's token; no token is sent if empty.")
     agent_python: str = Field("python", description="Python interpreter of the agents on the cluster's nodes.")
     tls_cert: Path | None = Field(None, description="File with the gRPC server's certificate; without one nothing is encrypted.")

@@ -134,7 +134,7 @@ async def _run(
         return seed(session, settings.home)
 
     secret = await store.write(begin)
-    cluster = RayCluster(settings.ray_address, settings.ray_token_path)
+    cluster = RayCluster(settings.ray_address, settings.ray_token_path, settings.ray_gcs_address)
     traces = tracing.environment(settings.otlp_endpoint, settings.trace_sample_ratio)
     environment = agent_environment(settings) | traces
     launcher = Launcher(cluster, settings.advertise or address, settings.agent_python, secret, environment)

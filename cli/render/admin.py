@@ -27,6 +27,7 @@ def status_table(status: GetStatusResponse) -> Table:
             ("", connected),
             ("cpus", f"{number(ray.cpus_free)} of {number(ray.cpus)} free on {ray.nodes} nodes" if ray.nodes else ""),
             ("gpus", f"{number(ray.gpus_free)} of {number(ray.gpus)} free" if ray.gpus else ""),
+            ("autoscaler", ray.autoscaler),
             (
                 "jobs",
                 ", ".join(f"{count} {state.removeprefix('JOB_STATE_').lower()}" for state, count in sorted(status.jobs.items())),

@@ -6,19 +6,26 @@ Every call here blocks and may fail; callers run it off the event loop and outsi
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.errors import Unavailable
+from coordinator.cluster import tell_autoscaler
 from coordinator.jobs.resources import DRIVER_CPUS
 from coordinator.scheduling.model import Demand, Node
 
 ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 """Ray's words for a job that has ended."""
+
+TELL_SECONDS = 15.0
+"""How long Ray's GCS may take to be told something."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,10 @@ class Submission:
 class RayCluster:
     """One cluster at one dashboard address (`http://host:8265`)."""
 
-    def __init__(self, address: str, token_path: Path | None) -> None:
+    def __init__(self, address: str, token_path: Path | None, gcs_address: str = "") -> None:
+        """`gcs_address` is host:port of Ray's GCS, by which its autoscaler is told what is wanted; empty where there is none."""
         self.address = address
+        self.gcs_address = gcs_address
         # Ray reads its authentication from the environment only. Said explicitly: since 2.59 it turns itself on where a token
         # file happens to lie in the user's home.
         os.environ["RAY_AUTH_MODE"] = "token" if token_path else "disabled"
@@ -141,6 +150,24 @@ class RayCluster:
         """Last lines of what a job's driver printed."""
         text: str = self._answering(self._job_client().get_job_logs, submission_id)
         return text.splitlines()[-lines:]
+
+    def request_resources(self, bundles: Sequence[tuple[Mapping[str, float], Mapping[str, str]]]) -> None:
+        """Tell Ray's autoscaler what the cluster should be able to hold: resources of one node each, and labels of that node.
+
+        Takes the place of what was told before. Ray keeps it in its GCS, which forgets it when it is restarted.
+        """
+        wanted = [{"resources": dict(resources), "label_selector": dict(labels)} for resources, labels in bundles]
+        command = [sys.executable, "-m", tell_autoscaler.__name__, self.gcs_address]
+        try:
+            done = subprocess.run(
+                command, input=json.dumps(wanted), capture_output=True, text=True, timeout=TELL_SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired:
+            why = f"Ray's GCS at {self.gcs_address} does not answer within {TELL_SECONDS:g} s"
+            raise Unavailable(why, "RAY_UNAVAILABLE") from None
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1][:300]
+            raise Unavailable(f"Ray's GCS at {self.gcs_address} does not take it: {reason}", "RAY_UNAVAILABLE")
 
     def deploy(self, config: dict[str, Any]) -> None:
         """Make Serve run exactly what the config says; what it leaves out is taken down."""

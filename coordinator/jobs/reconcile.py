@@ -20,6 +20,7 @@ from sqlmodel import Session, col, select
 from common import tracing
 from common.errors import LuthierError, Unavailable
 from coordinator import metrics
+from coordinator.cluster.autoscaler import Autoscaler
 from coordinator.cluster.launcher import Launcher, run_of_submission, submission_id
 from coordinator.cluster.ray_cluster import Capacity, Submission
 from coordinator.jobs import records
@@ -32,7 +33,7 @@ from coordinator.jobs.situation import Records, active
 from coordinator.jobs.states import EndReason, State
 from coordinator.jobs.wishes import wish_pause
 from coordinator.notify import Notifier
-from coordinator.scheduling.model import Decision, Demand, Plan, Preemption
+from coordinator.scheduling.model import Decision, Demand, Plan, Preemption, Situation
 from coordinator.scheduling.plan import plan
 from coordinator.store.database import Store
 from coordinator.store.leader import Leadership
@@ -111,6 +112,7 @@ class Reconciler:
         self._capacity_until = 0.0
         self._lease = Lease()
         self._records = Records()
+        self.autoscaler = Autoscaler(self._cluster)
         self.cluster_error = "not asked yet"
         self.queue = Queue({}, None, Demand())
 
@@ -164,7 +166,7 @@ class Reconciler:
         await self._leadership.confirm(self._epoch)
         await asyncio.to_thread(self._cluster.stop, run)
 
-    async def _plan(self) -> Plan:
+    async def _plan(self) -> tuple[Situation, Plan]:
         capacity = await self.capacity()
         nodes = capacity.nodes if capacity else None
         with metrics.PLANNING.time():
@@ -172,10 +174,10 @@ class Reconciler:
             decided = await asyncio.to_thread(plan, situation)
         held = sum((holding.held for holding in situation.holding), Demand())
         self.queue = Queue({decision.uid: decision for decision in decided.decisions}, capacity, held)
-        return decided
+        return situation, decided
 
     async def _start(self) -> None:
-        decided = await self._plan()
+        situation, decided = await self._plan()
         decisions = await self._behind_their_runs(decided.decisions)
         self.queue = replace(self.queue, decisions={decision.uid: decision for decision in decisions})
         for preemption in decided.preemptions:
@@ -184,6 +186,9 @@ class Reconciler:
             if decision.start:
                 await self._launch(decision)
         await self._tell_reasons(decisions)
+        starting = {decision.uid for decision in decided.decisions if decision.start}
+        wanting = [*(job for job in situation.queue if job.uid in starting), *decided.wanting]
+        self.autoscaler.tell(situation.holding, wanting)
 
     async def _behind_their_runs(self, decisions: Sequence[Decision]) -> Sequence[Decision]:
         """Hold back what may start but whose run before is still there: it has told its outcome, and takes its time to leave."""

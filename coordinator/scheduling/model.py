@@ -178,7 +178,12 @@ class Preemption:
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions of one round: one for every queued job, in the order of the queue, and who has to make room."""
+    """The decisions of one round: one for every queued job, in the order of the queue, and who has to make room.
+
+    `wanting` are the queued jobs that a larger cluster would help, in the order in which they would start: they wait for room, or
+    for nodes that there are none of, and not for a limit, a budget or the end of a pause.
+    """
 
     decisions: Sequence[Decision]
     preemptions: Sequence[Preemption] = ()
+    wanting: Sequence[Waiting] = ()

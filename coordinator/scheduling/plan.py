@@ -87,7 +87,7 @@ class Round:
             why = explain.CLUSTER if self.situation.nodes is None else explain.NODE
             waiting = [(row, why) for row in rows]
             beside = [(job, why) for job, _ in beside]
-        return Plan(self._decisions(waiting, beside), self.preemptions)
+        return Plan(self._decisions(waiting, beside), self.preemptions, self._wanting(waiting, beside))
 
     def _go_through(self, rows: Sequence[Row]) -> list[tuple[Row, str]]:
         """Start what may start, and say of the others what they wait for. Most are told by what is known of their shape."""
@@ -218,6 +218,13 @@ class Round:
             Decision(job.uid, False, position, reason) for position, (job, reason) in enumerate(beside, len(waiting) + 1)
         )
         return decisions
+
+    def _wanting(self, waiting: Sequence[tuple[Row, str]], beside: Sequence[tuple[Waiting, str]]) -> list[Waiting]:
+        """Whom a larger cluster would help."""
+        if self.situation.nodes is None:
+            return []
+        room = [row[5] for row, _ in waiting if row[6].cpus <= row[7].room_cpus and row[6].gpus <= row[7].room_gpus]
+        return room + [job for job, reason in beside if reason and reason == self.needs.asked(job.shape).never]
 
     def _started(self, queued: Queued, place: Place, early: bool) -> Decision:
         need = queued.need

@@ -158,6 +158,7 @@ class AdminService(ProjectCalls, BackupCalls, admin_pb2_grpc.AdminServiceService
         response.gateway.state = self._gateway_state()
         response.ray.connected = capacity is not None
         response.ray.error = self._reconciler.cluster_error
+        response.ray.autoscaler = self._reconciler.autoscaler.words
         if capacity is not None:
             response.ray.nodes = len(capacity.nodes)
             response.ray.cpus, response.ray.gpus = capacity.total.cpus, capacity.total.gpus

@@ -159,6 +159,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def mortal(request: pytest.FixtureRequest, ray: RayState, tmp_path: Path, folder: Path) -> Iterator[MortalCoordinator]:
     settings = {"ray_address": ray.address, "ray_token_path": ray.token_path, "gateway_port": str(free_port())}
+    settings["ray_gcs_address"] = ray.gcs
     if getattr(request, "param", "sqlite") == "postgresql":
         server: Postgres = request.getfixturevalue("postgres")
         settings["store_url"] = server.url(server.database())

@@ -34,7 +34,7 @@ COMMITS = (*MOVES_OF_A_JOB, *OTHER_EVENTS, "report")
 ANY_COMMIT = "commit"
 """Also the commits that are about no job, such as those that make the schema."""
 
-RAY_CALLS = ("submit", "submissions", "stop", "capacity", "log_tail", "serve_details")
+RAY_CALLS = ("submit", "submissions", "stop", "capacity", "log_tail", "serve_details", "request_resources")
 """Calls to Ray that jobs lead to."""
 
 RAY_CALLS_FOR_ENDPOINTS = ("deploy",)

@@ -21,6 +21,8 @@ class FakeRay:
         self.environments: dict[str, dict[str, str]] = {}
         self.labels: dict[str, str] = {}
         self.selectors: dict[str, dict[str, str]] = {}
+        self.gcs_address = ""
+        self.requested: list[list[tuple[dict[str, float], dict[str, str]]]] = []
         self.refused: list[str] = []
         self.stopped: list[str] = []
         self.down = False
@@ -58,6 +60,10 @@ class FakeRay:
     def log_tail(self, submission_id: str, lines: int = 30) -> list[str]:
         self._answer()
         return self.logs[-lines:]
+
+    def request_resources(self, bundles: list[tuple[dict[str, float], dict[str, str]]]) -> None:
+        self._answer()
+        self.requested.append(bundles)
 
     def deploy(self, config: dict[str, Any]) -> None:
         self._answer()

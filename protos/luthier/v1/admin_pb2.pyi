@@ -819,6 +819,7 @@ class RayStatus(_message.Message):
     GPUS_FIELD_NUMBER: _builtins.int
     GPUS_FREE_FIELD_NUMBER: _builtins.int
     EACH_NODE_FIELD_NUMBER: _builtins.int
+    AUTOSCALER_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     """Address of the cluster's dashboard."""
     connected: _builtins.bool
@@ -835,6 +836,8 @@ class RayStatus(_message.Message):
     """GPUs."""
     gpus_free: _builtins.float
     """GPUs not held by jobs or endpoints."""
+    autoscaler: _builtins.str
+    """What Ray's autoscaler was told by the coordinator that leads, in words; empty where the cluster has none."""
     @_builtins.property
     def each_node(self) -> _containers.RepeatedCompositeFieldContainer[Global___RayNode]:
         """Each node that is alive."""
@@ -851,10 +854,11 @@ class RayStatus(_message.Message):
         gpus: _builtins.float = ...,
         gpus_free: _builtins.float = ...,
         each_node: _abc.Iterable[Global___RayNode] | None = ...,
+        autoscaler: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "connected", b"connected", "cpus", b"cpus", "cpus_free", b"cpus_free", "each_node", b"each_node", "error", b"error", "gpus", b"gpus", "gpus_free", b"gpus_free", "nodes", b"nodes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "autoscaler", b"autoscaler", "connected", b"connected", "cpus", b"cpus", "cpus_free", b"cpus_free", "each_node", b"each_node", "error", b"error", "gpus", b"gpus", "gpus_free", b"gpus_free", "nodes", b"nodes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
