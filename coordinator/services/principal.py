@@ -94,6 +94,7 @@ NOUNS: dict[str, str] = {
     "/luthier.v1.AdminService/ListProjects": "projects",
     "/luthier.v1.AdminService/UpdateProject": "projects",
     "/luthier.v1.AdminService/GetStatus": "",
+    "/luthier.v1.AdminService/BackupRecords": "projects",
 }
 """What each call is about, for keys with scopes: a whole service, or one call. Nothing where any key may, and a call that is
 missing here is refused to keys with scopes."""

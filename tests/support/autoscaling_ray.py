@@ -21,7 +21,7 @@ HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 
 @contextmanager
 def running(node_types: dict[str, dict[str, Any]], idle_minutes: float) -> Iterator[RayState]:
-    """Run a head without a CPU of its own, which may start nodes of some types (as in cluster.yaml). At the end nothing is left."""
+    """Run a head without a CPU of its own, which may start nodes of some types (as in cluster.yaml). Nothing of it is left."""
     # Not below pytest's own folders: Ray's socket paths have to stay short.
     home = Path(tempfile.mkdtemp(prefix="la-", dir="/tmp"))
     try:

@@ -23,6 +23,7 @@ from coordinator.store.database import Store
 from coordinator.store.leader import Leadership
 from coordinator.store.migrate import upgrade
 from coordinator.store.tables import Job
+from coordinator.vault import Vault
 from luthier.v1 import job_pb2, training_pb2
 from tests.support.deleting import Bytes
 from tests.support.fake_ray import FakeRay
@@ -56,6 +57,11 @@ def new_job(store: Store) -> Callable[..., Job]:
         return store.write_now(work)
 
     return make
+
+
+@pytest.fixture
+def vault(tmp_path: Path) -> Vault:
+    return Vault.of(None, tmp_path)
 
 
 @pytest.fixture

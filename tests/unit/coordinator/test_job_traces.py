@@ -18,6 +18,7 @@ from coordinator.services.agent import AgentService
 from coordinator.store import tables
 from coordinator.store.database import Store
 from coordinator.store.leader import Leadership
+from coordinator.vault import Vault
 from luthier.agent.v1 import agent_pb2
 from tests.support.fake_ray import FakeRay
 from tests.support.job_runs import SECRET, now_of, secret_of
@@ -37,7 +38,7 @@ def collector() -> Iterator[Collector]:
 
 
 async def test_its_launch_and_its_claim_belong_to_the_trace_of_the_call_that_made_it(
-    collector: Collector, loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob
+    collector: Collector, loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob, vault: Vault
 ) -> None:
     with tracing.span("CreateJob", PARENT) as made:
         job = new_job()
@@ -45,7 +46,8 @@ async def test_its_launch_and_its_claim_belong_to_the_trace_of_the_call_that_mad
     await loop.round()
     token = ray.environments[f"luthier-{job.uid}-r1"]["LUTHIER_CLAIM_TOKEN"]
     request = agent_pb2.ClaimRunRequest(job_uid=job.uid, run=1, claim_token=token, session_secret=SECRET)
-    claimed = await AgentService(store, Notifier(), secret_of(store), "mem://").ClaimRun(request, None)  # type: ignore[arg-type]
+    service = AgentService(store, Notifier(), secret_of(store), "mem://", vault)
+    claimed = await service.ClaimRun(request, None)  # type: ignore[arg-type]
     assert claimed.trace_parent == now_of(store, job).trace_parent == expected
     tracing.stop()
     (launch,) = [span for span in collector.spans if span.name == "launch"]

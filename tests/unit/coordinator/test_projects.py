@@ -18,11 +18,11 @@ from coordinator.services.admin import not_above
 from coordinator.services.principal import ADMIN, EDITOR, OPERATOR, VIEWER, Principal
 from coordinator.store import tables
 from coordinator.store.database import Store
-from luthier.v1 import admin_pb2, dataset_pb2, endpoint_pb2, job_pb2, member_pb2, model_pb2, secret_pb2
+from luthier.v1 import admin_pb2, dataset_pb2, endpoint_pb2, job_pb2, member_pb2, model_pb2, schedule_pb2, secret_pb2
 
 METHODS = [
     f"/{service.full_name}/{method.name}"
-    for module in (job_pb2, dataset_pb2, model_pb2, endpoint_pb2, secret_pb2, member_pb2, admin_pb2)
+    for module in (job_pb2, dataset_pb2, model_pb2, schedule_pb2, endpoint_pb2, secret_pb2, member_pb2, admin_pb2)
     for service in module.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 ]

@@ -20,6 +20,7 @@ from coordinator.store.backup import dump
 from coordinator.store.database import Store
 from coordinator.store.leader import Leadership
 from coordinator.store.restore import restore, restored
+from coordinator.vault import Vault
 from luthier.agent.v1 import agent_pb2
 from tests.support.fake_ray import FakeRay
 from tests.support.job_runs import SECRET, Agent, now_of, run_of, secret_of, set_columns
@@ -148,7 +149,7 @@ async def test_a_run_that_goes_on_is_heard_as_if_nothing_had_been(
 
 
 async def test_new_runs_write_where_no_run_of_the_same_number_wrote(
-    back: Callable[[], Restored], loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob
+    back: Callable[[], Restored], loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob, vault: Vault
 ) -> None:
     job = new_job()
     once, twice = back(), back()
@@ -158,7 +159,7 @@ async def test_new_runs_write_where_no_run_of_the_same_number_wrote(
         await its_loop.round()
         token = claim_token(secret_of(each), job.uid, 1)
         request = agent_pb2.ClaimRunRequest(job_uid=job.uid, run=1, claim_token=token, session_secret=SECRET)
-        service = AgentService(each, Notifier(), secret_of(each), "mem://", mark)
+        service = AgentService(each, Notifier(), secret_of(each), "mem://", vault, mark)
         folders.append((await service.ClaimRun(request, None)).run_uri)  # type: ignore[arg-type]
     assert folders == [f"mem:///jobs/{job.uid}/run-1{suffix}" for suffix in ("", f"-{once.mark}", f"-{twice.mark}")]
     assert len(set(folders)) == 3

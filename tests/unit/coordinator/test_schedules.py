@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 from sqlmodel import Session, col, select
@@ -40,8 +39,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def runner(store: Store, leadership: Leadership, loop: Reconciler, clock: Clock, tmp_path: Path) -> ScheduleRunner:
-    return ScheduleRunner(store, Notifier(), leadership, loop, Vault.of(None, tmp_path), clock)
+def runner(store: Store, leadership: Leadership, loop: Reconciler, clock: Clock, vault: Vault) -> ScheduleRunner:
+    return ScheduleRunner(store, Notifier(), leadership, loop, vault, clock)
 
 
 def add(store: Store, name: str = "nightly", **values: object) -> None:
