@@ -132,6 +132,15 @@ def iter_split(path: Path) -> Iterator[Row]:
         raise FailedPrecondition(f"the rows in {path} cannot be read: {error}", "ARTIFACT_DAMAGED") from error
 
 
+def count_split(path: Path) -> int:
+    """Return how many rows a split has. Raises FailedPrecondition where the file is not one."""
+    try:
+        with pq.ParquetFile(path) as file:
+            return int(file.metadata.num_rows)
+    except (OSError, pa.ArrowException) as error:
+        raise FailedPrecondition(f"the rows in {path} cannot be read: {error}", "ARTIFACT_DAMAGED") from error
+
+
 def read_split(path: Path) -> list[Row]:
     """Return all rows of a split in order."""
     return list(iter_split(path))

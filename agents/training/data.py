@@ -6,16 +6,15 @@ the prompt alone, which is what the model is given when it is used. Scoring an a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from common.chat import messages_of
-from common.errors import InvalidArgument, Violation
+from common.errors import InvalidArgument
 from common.rows import Row
 
 IGNORED = -100
-NAMED_ROWS = 20
 
 
 class Tokenizer(Protocol):
@@ -34,15 +33,23 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised row. A label is the token's id where it is learned and -100 elsewhere."""
+    """One tokenised row, cut to the longest that is wanted. A label is the token's id where it is learned and -100 elsewhere."""
 
     input_ids: list[int]
     labels: list[int]
+    # Before the row was cut.
+    whole_length: int
+    whole_targets: int
 
     @property
     def targets(self) -> int:
         """Number of tokens that are learned; the first token has nothing before it to be predicted from."""
-        return sum(label != IGNORED for label in self.labels[1:])
+        return _targets(self.labels)
+
+    @property
+    def cut(self) -> bool:
+        """Whether tokens are missing at the end."""
+        return len(self.input_ids) < self.whole_length
 
 
 def tokenise(tokenizer: Tokenizer, row: Row, max_length: int, *, loss_on_all: bool = False) -> Example:
@@ -51,7 +58,11 @@ def tokenise(tokenizer: Tokenizer, row: Row, max_length: int, *, loss_on_all: bo
     labels = list(input_ids) if loss_on_all else [IGNORED] * len(input_ids)
     for start, end in answers:
         labels[start:end] = input_ids[start:end]
-    return Example(input_ids[:max_length], labels[:max_length])
+    return Example(input_ids[:max_length], labels[:max_length], len(input_ids), _targets(labels))
+
+
+def _targets(labels: Sequence[int]) -> int:
+    return sum(label != IGNORED for label in labels[1:])
 
 
 def _with_template(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[tuple[int, int]]]:
@@ -104,34 +115,3 @@ def _without_template(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[t
 def _common(left: Sequence[int], right: Sequence[int]) -> int:
     """How many tokens both begin with. Tokens may merge across a border, so lengths alone do not tell."""
     return next((index for index, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
-
-
-def tokenise_split(
-    tokenizer: Tokenizer, rows: Iterable[Row], split: str, max_length: int, *, loss_on_all: bool = False
-) -> list[Example]:
-    """Tokenise a split. Raises InvalidArgument (BAD_DATA) where it is empty or rows have nothing to learn, naming their lines."""
-    examples: list[Example] = []
-    empty: list[Row] = []
-    for row in rows:
-        example = tokenise(tokenizer, row, max_length, loss_on_all=loss_on_all)
-        if not example.targets:
-            empty.append(row)
-        examples.append(example)
-    if not examples:
-        raise InvalidArgument(
-            f"the split {split!r} holds no rows, so there is nothing to learn from",
-            "BAD_DATA",
-            [Violation(split, "holds no rows")],
-        )
-    if empty:
-        named = ", ".join(str(row.line) for row in empty[:NAMED_ROWS]) + (", ..." if len(empty) > NAMED_ROWS else "")
-        raise InvalidArgument(
-            f"{len(empty)} of {len(examples)} rows of the split {split!r} have nothing left to learn within "
-            f"max_length={max_length} tokens (line {named}); raise hyperparameters.max_length or shorten their prompts",
-            "BAD_DATA",
-            [
-                Violation(f"{split} line {row.line}", f"nothing of the answer is left within {max_length} tokens")
-                for row in empty[:NAMED_ROWS]
-            ],
-        )
-    return examples

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,14 +21,13 @@ from trl.trainer import utils as trl_utils
 from agents.training.callbacks import HELD_OUT, RunCallback
 from agents.training.config import TrainConfig
 from agents.training.context import TrainContext, TrainedModel, Wish
-from agents.training.data import Example, tokenise_split
 from agents.training.deepspeed_config import deepspeed_config
 from agents.training.distributed import sums
 from agents.training.environment import join_deepspeed, limit_threads
 from agents.training.saving import save_model
+from agents.training.tokens.cache import Tokens, TokenSpec, open_tokens
 from agents.training.watch import Watch
 from common.errors import InvalidArgument, Violation
-from common.rows import read_split
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +68,9 @@ def run_sft(context: TrainContext, model_kind: str, peft_config: PeftConfig | No
     tokenizer = AutoTokenizer.from_pretrained(context.base_dir, trust_remote_code=False, local_files_only=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    examples = _examples(context, tokenizer, "train", 0)
+    tokens = _tokens(context, tokenizer, "train", 0)
     # The arguments come before the model: they hold the DeepSpeed config, which ZeRO-3 needs alive while weights are loaded.
-    args = _arguments(context, len(examples))
+    args = _arguments(context, len(tokens.dataset))
     model = AutoModelForCausalLM.from_pretrained(
         context.base_dir, dtype=_dtype(context), use_safetensors=True, trust_remote_code=False, local_files_only=True
     )
@@ -79,7 +79,7 @@ def run_sft(context: TrainContext, model_kind: str, peft_config: PeftConfig | No
     trainer = _Trainer(
         model=model,
         args=args,
-        train_dataset=_dataset(examples),
+        train_dataset=tokens.examples,
         processing_class=tokenizer,
         peft_config=peft_config,
         callbacks=[callback],
@@ -87,9 +87,11 @@ def run_sft(context: TrainContext, model_kind: str, peft_config: PeftConfig | No
     callback.trainer, trainer.watch = trainer, watch
     trainer.remove_callback(PrinterCallback)
     if (held_out_rows := _held_out_rows(context)) is not None:
-        held_out = _dataset(_examples(context, tokenizer, *held_out_rows))
+        held_out = _tokens(context, tokenizer, *held_out_rows).examples
         callback.hold_out(lambda: held_out_loss(trainer, held_out, context.use_gpu))
-    context.phase("training", f"training {config.method} on {len(examples)} rows with {context.world_size} workers")
+    left_out = f" ({tokens.report.left_out} more have nothing to learn)" if tokens.report.left_out else ""
+    rows = f"{len(tokens.dataset)} rows{left_out}"
+    context.phase("training", f"training {config.method} on {rows} with {context.world_size} workers")
     started = time.monotonic()
     if context.resume_from is not None and context.is_main:
         logger.info("going on from the checkpoint in %s", context.resume_from.name)
@@ -110,6 +112,8 @@ def run_sft(context: TrainContext, model_kind: str, peft_config: PeftConfig | No
         "train_tokens": float(callback.tokens),
         "train_seconds": seconds,
         "train_tokens_per_second": callback.tokens / max(seconds, 1e-9),
+        "train_rows_left_out": float(tokens.report.left_out),
+        "train_rows_cut": float(tokens.report.cut.count),
     }
     return TrainedModel(model_kind, folder, trainer.state.global_step, metrics, callback.engine, callback.wish)
 
@@ -140,21 +144,21 @@ def _held_out_rows(context: TrainContext) -> tuple[str, int] | None:
     return (config.held_out_split, config.held_out_rows) if wanted else None
 
 
-def _examples(context: TrainContext, tokenizer: Any, split: str, max_rows: int) -> list[Example]:
+def _tokens(context: TrainContext, tokenizer: Any, split: str, max_rows: int) -> Tokens:
     path = context.data_dir / f"{split}.parquet"
     if not path.exists():
         there = ", ".join(sorted(file.stem for file in context.data_dir.glob("*.parquet"))) or "none"
         raise InvalidArgument(
             f"the data set has no split {split!r}; it has {there}", "BAD_DATA", [Violation(split, "does not exist")]
         )
-    rows = read_split(path)[: max_rows or None]
-    return tokenise_split(tokenizer, rows, split, _longest(context), loss_on_all=context.config.loss_on_all)
-
-
-def _dataset(examples: list[Example]) -> Dataset:
-    return Dataset.from_dict(
-        {"input_ids": [example.input_ids for example in examples], "labels": [example.labels for example in examples]}
-    )
+    # One rank of the node works while the others wait, so it may use all their processors.
+    processes = int(context.config.cpus_per_worker * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    spec = TokenSpec(path, context.base_dir, _longest(context), context.config.loss_on_all, max_rows, processes)
+    tokens = open_tokens(spec, tokenizer)
+    if context.is_main:
+        for text in tokens.report.warnings():
+            logger.warning("%s", text)
+    return tokens
 
 
 def _arguments(context: TrainContext, rows: int) -> SFTConfig:

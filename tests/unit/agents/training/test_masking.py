@@ -1,4 +1,4 @@
-"""What is learned: exactly the answers with their ends of turn, and rows with nothing to learn are refused by line."""
+"""What is learned: exactly the answers with their ends of turn."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from agents.training.data import IGNORED, tokenise, tokenise_split
+from agents.training.data import IGNORED, tokenise
 from common.errors import InvalidArgument
 from common.rows import Message, Row
 
@@ -97,27 +97,5 @@ def test_without_a_template_the_answer_is_closed_by_the_end_of_text() -> None:
 def test_long_rows_are_cut_at_the_end() -> None:
     tokenizer = WordTokenizer()
     example = tokenise(tokenizer, Row(prompt="a", completion="b c d e f"), 6)
-    assert len(example.input_ids) == 6
+    assert (len(example.input_ids), example.cut, example.whole_length) == (6, True, 14)
     assert tokenizer.text([label for label in example.labels if label != IGNORED]) == "b "
-
-
-def test_rows_with_nothing_left_to_learn_are_refused_by_split_and_line() -> None:
-    rows = [Row(prompt="short", completion="x", line=1), Row(prompt="a " * 50, completion="x", line=17)]
-    with pytest.raises(InvalidArgument, match=r"line 17\b") as caught:
-        tokenise_split(WordTokenizer(), rows, "train", 40)
-    assert caught.value.reason == "BAD_DATA"
-    assert [violation.field for violation in caught.value.violations] == ["train line 17"]
-
-
-def test_many_bad_rows_are_named_up_to_a_limit() -> None:
-    rows = [Row(prompt="a " * 50, completion="x", line=line) for line in range(1, 101)]
-    with pytest.raises(InvalidArgument) as caught:
-        tokenise_split(WordTokenizer(), rows, "train", 40)
-    assert len(caught.value.violations) == 20
-    assert "100 of 100 rows" in caught.value.message
-
-
-def test_an_empty_split_is_refused() -> None:
-    with pytest.raises(InvalidArgument, match="holds no rows") as caught:
-        tokenise_split(WordTokenizer(), [], "train", 40)
-    assert caught.value.reason == "BAD_DATA"
