@@ -16,10 +16,17 @@ from luthier.v1 import training_pb2
 SCHEDULERS = ("linear", "cosine", "constant")
 TINY = "builtin:tiny"
 PrecisionName = Literal["auto", "fp32", "bf16"]
+PackingName = Literal["auto", "off", "on"]
 _PRECISIONS: dict[int, PrecisionName] = {
     training_pb2.PRECISION_UNSPECIFIED: "auto",
     training_pb2.PRECISION_FP32: "fp32",
     training_pb2.PRECISION_BF16: "bf16",
+}
+_PACKINGS: dict[int, PackingName] = {
+    training_pb2.PACKING_UNSPECIFIED: "auto",
+    training_pb2.PACKING_AUTO: "auto",
+    training_pb2.PACKING_OFF: "off",
+    training_pb2.PACKING_ON: "on",
 }
 
 
@@ -60,6 +67,7 @@ class TrainConfig:
     held_out_rows: int = 0
     loss_on_all: bool = False
     precision: PrecisionName = "auto"
+    packing: PackingName = "auto"
 
     @classmethod
     def of(cls, spec: training_pb2.FinetuneSpec) -> TrainConfig:
@@ -94,6 +102,7 @@ class TrainConfig:
             held_out_rows=spec.evaluation.max_rows,
             loss_on_all=spec.loss_on == training_pb2.LOSS_ON_ALL,
             precision=_PRECISIONS[spec.precision],
+            packing=_PACKINGS[spec.packing],
         )
         given = {name: spec.checkpoints.HasField(name) for name in ("keep_best", "keep_every")}
         given["metric"] = bool(spec.checkpoints.metric)
@@ -168,7 +177,7 @@ def check_enums(spec: training_pb2.FinetuneSpec) -> None:
         raise InvalidArgument.of(unknown)
 
 
-_ENUMS: Mapping[str, Any] = {"precision": training_pb2.Precision, "loss_on": training_pb2.LossOn}
+_ENUMS: Mapping[str, Any] = {"precision": training_pb2.Precision, "loss_on": training_pb2.LossOn, "packing": training_pb2.Packing}
 
 
 def _given(message: Any, name: str, default: Any) -> Any:

@@ -141,7 +141,7 @@ def finetune(bad: Violations, spec: training_pb2.FinetuneSpec, path: str, method
     policy = json_format.MessageToDict(spec.checkpoints, preserving_proto_field_name=True)
     bad.extend(Keep.of(policy).violations(given, f"{path}.checkpoints"))
     bad.check(spec.evaluation.max_rows >= 0, f"{path}.evaluation.max_rows", "negative")
-    for field in ("loss_on", "precision"):
+    for field in ("loss_on", "precision", "packing"):
         value = getattr(spec, field)
         enum = spec.DESCRIPTOR.fields_by_name[field].enum_type
         bad.check(enum is None or value in enum.values_by_number, f"{path}.{field}", f"{value} is not a value of the enum")

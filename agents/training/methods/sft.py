@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import PeftConfig
@@ -24,6 +25,7 @@ from agents.training.context import TrainContext, TrainedModel, Wish
 from agents.training.deepspeed_config import deepspeed_config
 from agents.training.distributed import sums
 from agents.training.environment import join_deepspeed, limit_threads
+from agents.training.packing import RowCollator, StepOrder, decide
 from agents.training.saving import save_model
 from agents.training.tokens.cache import Tokens, TokenSpec, open_tokens
 from agents.training.watch import Watch
@@ -36,9 +38,21 @@ _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_wit
 
 
 class _Trainer(SFTTrainer):
-    """TRL's trainer, which tells the watch whenever it got rows, and without the model card, which would name local paths."""
+    """TRL's trainer, with our order of rows and telling the watch whenever it got some.
+
+    It writes no model card, which would name local paths.
+    """
 
     watch: Watch
+    order: StepOrder
+
+    def _get_train_sampler(self, *_: Any) -> StepOrder:
+        return self.order
+
+    def _run_epoch(self, model: Any, epoch: int, *arguments: Any, **more: Any) -> Any:
+        # A run that goes on in the middle of an epoch wraps the sampler deeper than accelerate looks for it.
+        self.order.set_epoch(epoch)
+        return super()._run_epoch(model, epoch, *arguments, **more)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *arguments: Any) -> Any:
         """Fetch the rows of a step, of which the ranks then agree on the number."""
@@ -74,6 +88,7 @@ def run_sft(context: TrainContext, model_kind: str, peft_config: PeftConfig | No
     model = AutoModelForCausalLM.from_pretrained(
         context.base_dir, dtype=_dtype(context), use_safetensors=True, trust_remote_code=False, local_files_only=True
     )
+    packing = decide(config.packing, model, tokens.lengths, config.batch_size, config.seed)
     _score_targets_only()
     callback = RunCallback(context)
     trainer = _Trainer(
@@ -85,13 +100,17 @@ def run_sft(context: TrainContext, model_kind: str, peft_config: PeftConfig | No
         callbacks=[callback],
     )
     callback.trainer, trainer.watch = trainer, watch
+    trainer.order = _order(context, tokens.lengths, packing.on)
+    if packing.on:
+        trainer.data_collator = RowCollator(tokenizer.pad_token_id)
     trainer.remove_callback(PrinterCallback)
     if (held_out_rows := _held_out_rows(context)) is not None:
         held_out = _tokens(context, tokenizer, *held_out_rows).examples
         callback.hold_out(lambda: held_out_loss(trainer, held_out, context.use_gpu))
+    layout = f"packed without padding: {packing.why}" if packing.on else f"not packed: {packing.why}"
     left_out = f" ({tokens.report.left_out} more have nothing to learn)" if tokens.report.left_out else ""
     rows = f"{len(tokens.dataset)} rows{left_out}"
-    context.phase("training", f"training {config.method} on {rows} with {context.world_size} workers")
+    context.phase("training", f"training {config.method} on {rows} with {context.world_size} workers, {layout}")
     started = time.monotonic()
     if context.resume_from is not None and context.is_main:
         logger.info("going on from the checkpoint in %s", context.resume_from.name)
@@ -159,6 +178,12 @@ def _tokens(context: TrainContext, tokenizer: Any, split: str, max_rows: int) ->
         for text in tokens.report.warnings():
             logger.warning("%s", text)
     return tokens
+
+
+def _order(context: TrainContext, lengths: np.ndarray, packed: bool) -> StepOrder:
+    config = context.config
+    accumulation = config.gradient_accumulation
+    return StepOrder(lengths, config.batch_size, accumulation, context.world_size, seed=config.seed, packed=packed)
 
 
 def _arguments(context: TrainContext, rows: int) -> SFTConfig:

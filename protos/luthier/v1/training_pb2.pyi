@@ -67,6 +67,36 @@ LOSS_ON_ALL: LossOn.ValueType  # 2
 """Every token."""
 Global___LossOn: _TypeAlias = LossOn  # noqa: Y015
 
+class _Packing:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PackingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Packing.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PACKING_UNSPECIFIED: _Packing.ValueType  # 0
+    """Packed where the base model allows for it and padding would be 5% of the tokens or more; the run says what it does and why."""
+    PACKING_AUTO: _Packing.ValueType  # 1
+    """As with PACKING_UNSPECIFIED."""
+    PACKING_OFF: _Packing.ValueType  # 2
+    """Side by side, each padded to the longest of its micro-batch."""
+    PACKING_ON: _Packing.ValueType  # 3
+    """One after the other in one sequence without padding, no row seeing another; refused where the base model does not allow for it."""
+
+class Packing(_Packing, metaclass=_PackingEnumTypeWrapper):
+    """Packing says how the rows of a micro-batch lie in memory. Which rows an optimiser step sees, and what it learns from them, does not
+    depend on it.
+    """
+
+PACKING_UNSPECIFIED: Packing.ValueType  # 0
+"""Packed where the base model allows for it and padding would be 5% of the tokens or more; the run says what it does and why."""
+PACKING_AUTO: Packing.ValueType  # 1
+"""As with PACKING_UNSPECIFIED."""
+PACKING_OFF: Packing.ValueType  # 2
+"""Side by side, each padded to the longest of its micro-batch."""
+PACKING_ON: Packing.ValueType  # 3
+"""One after the other in one sequence without padding, no row seeing another; refused where the base model does not allow for it."""
+Global___Packing: _TypeAlias = Packing  # noqa: Y015
+
 @_typing.final
 class FinetuneSpec(_message.Message):
     """FinetuneSpec trains a base model on a data set."""
@@ -87,6 +117,7 @@ class FinetuneSpec(_message.Message):
     LOSS_ON_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
     MIN_WORKERS_FIELD_NUMBER: _builtins.int
+    PACKING_FIELD_NUMBER: _builtins.int
     base: _builtins.str
     """builtin:tiny, a registered version (name@3, name@alias), a hub id (org/name or hf:name), or an absolute path on the cluster."""
     dataset: _builtins.str
@@ -105,6 +136,8 @@ class FinetuneSpec(_message.Message):
     """An elastic job: it may start with any number of workers from this to `workers`, as many as there is room for. As many as
     `workers` where absent. The run's record says how many it got.
     """
+    packing: Global___Packing.ValueType
+    """How rows lie in memory."""
     @_builtins.property
     def hyperparameters(self) -> Global___Hyperparameters:
         """Settings of the optimisation."""
@@ -146,10 +179,11 @@ class FinetuneSpec(_message.Message):
         loss_on: Global___LossOn.ValueType = ...,
         precision: Global___Precision.ValueType = ...,
         min_workers: _builtins.int | None = ...,
+        packing: Global___Packing.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_min_workers", b"_min_workers", "checkpoints", b"checkpoints", "evaluation", b"evaluation", "hyperparameters", b"hyperparameters", "lora", b"lora", "min_workers", b"min_workers", "sharding", b"sharding", "worker_resources", b"worker_resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_workers", b"_min_workers", "base", b"base", "checkpoints", b"checkpoints", "dataset", b"dataset", "evaluation", b"evaluation", "hyperparameters", b"hyperparameters", "lora", b"lora", "loss_on", b"loss_on", "method", b"method", "min_workers", b"min_workers", "output_model", b"output_model", "precision", b"precision", "sharding", b"sharding", "worker_resources", b"worker_resources", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_workers", b"_min_workers", "base", b"base", "checkpoints", b"checkpoints", "dataset", b"dataset", "evaluation", b"evaluation", "hyperparameters", b"hyperparameters", "lora", b"lora", "loss_on", b"loss_on", "method", b"method", "min_workers", b"min_workers", "output_model", b"output_model", "packing", b"packing", "precision", b"precision", "sharding", b"sharding", "worker_resources", b"worker_resources", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__min_workers: _TypeAlias = _typing.Literal["min_workers"]  # noqa: Y015
     _WhichOneofArgType__min_workers: _TypeAlias = _typing.Literal["_min_workers", b"_min_workers"]  # noqa: Y015
@@ -185,7 +219,7 @@ class Hyperparameters(_message.Message):
     gradient_accumulation: _builtins.int
     """Micro-steps per optimiser step, > 0; 1 where absent."""
     max_length: _builtins.int
-    """Tokens per row; longer rows are cut, and refused if nothing to learn is left. 512 where absent."""
+    """Tokens per row; longer rows are cut, and left out if nothing to learn is left. The run names them by line. 512 where absent."""
     warmup_ratio: _builtins.float
     """Part of all steps over which the learning rate rises, 0 to 1; 0.03 where absent."""
     weight_decay: _builtins.float
