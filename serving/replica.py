@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 from opentelemetry.trace import SpanKind
 
+from common.chat import check_template
 from common import manifest, tracing
 from common.errors import Internal, InvalidArgument, LuthierError, Unavailable
 from serving.batching import Batcher
@@ -31,6 +32,7 @@ class ModelReplica:
         model_dir = manifest.fetch(args.artifact_uri, args.artifact_sha256)
         base_dir = manifest.fetch(args.base_uri, args.base_sha256) if args.base_uri else None
         self._engine: Engine = load_engine(model_dir, base_dir, args.device)
+        check_template(args.chat_template_sha256, self._engine.chat_template_sha256)
         self._batcher = Batcher(self._engine)
 
     def check_health(self) -> None:

@@ -39,6 +39,7 @@ class ModelArgs:
     base_sha256: str = ""
     device: str = "auto"
     threads: int = 1
+    chat_template_sha256: str = ""  # as on record; empty where none is
 
 
 @dataclass(frozen=True)

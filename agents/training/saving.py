@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common.chat import template_sha256
+from common.chat import default_template, template_sha256
 from common.model_files import check_model_folder
 
 # training_args.bin is a pickle; the README would be a model card that names local paths.
@@ -32,7 +32,8 @@ def save_model(trainer: Any, tokenizer: Any, folder: Path, base_name: str, is_ma
 
 def chat_template_sha256(tokenizer: Any) -> str:
     """The hash of a tokenizer's chat template; empty where it has none."""
-    return template_sha256(tokenizer.chat_template) if tokenizer.chat_template else ""
+    template = default_template(tokenizer.chat_template)
+    return template_sha256(template) if template else ""
 
 
 def _rewrite(path: Path, values: dict[str, str | None]) -> None:

@@ -42,6 +42,7 @@ class ModelApp:
     min_replicas: int = 1
     max_replicas: int = 1
     target_ongoing_requests: float = 4.0
+    chat_template_sha256: str = ""  # as on record, for the replicas to compare
 
     def __post_init__(self) -> None:
         # Numbers of proto and database come as int or float; the name must not depend on which.
@@ -51,7 +52,10 @@ class ModelApp:
     @property
     def name(self) -> str:
         """Name of the Serve application: stable, and another one for anything that replicas cannot change as they run."""
-        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        fields = asdict(self)
+        if not self.chat_template_sha256:
+            del fields["chat_template_sha256"]  # endpoints from before it was known keep their replicas
+        text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return f"m-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
@@ -203,6 +207,7 @@ def _model(gateway: GatewaySpec, name: str, app: ModelApp) -> dict[str, Any]:
             "base_sha256": app.base_sha256,
             "device": "cuda" if app.gpus > 0 else "cpu",
             "threads": max(1, int(app.cpus)),
+            "chat_template_sha256": app.chat_template_sha256,
         },
         "deployments": [
             {

@@ -199,6 +199,7 @@ def apps_of(endpoint: tables.Endpoint) -> list[tuple[endpoint_pb2.Route, ModelAp
             artifact_sha256=artifact["content_hash"],
             base_uri=base.get("uri", ""),
             base_sha256=base.get("content_hash", ""),
+            chat_template_sha256=artifact.get("chat_template_sha256", ""),
             cpus=desired.resources.cpus,
             gpus=desired.resources.gpus,
             min_replicas=desired.autoscaling.min_replicas,

@@ -98,6 +98,7 @@ def registered(row: tables.ModelVersion) -> agent_pb2.Artifact:
         uri=row.uri,
         content_hash=row.content_hash,
         model_kind="adapter" if version.kind == model_pb2.MODEL_KIND_ADAPTER else "full",
+        chat_template_sha256=version.chat_template_sha256,
     )
     if artifact.model_kind == "adapter":
         artifact.base.MergeFrom(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from sqlmodel import Session, col, select
 from common import manifest, storage
 from common.chat import template_sha256
 from common.errors import AlreadyExists, InvalidArgument, Violation
-from common.model_files import check_model_file_name, check_model_folder
+from common.model_files import check_model_file_name, check_model_folder, read_chat_template
 from common.names import VersionRef, check_id, parse_version_ref
 from coordinator import messages, registry
 from coordinator.collector import TOPIC as COLLECTOR
@@ -55,6 +54,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             row = await self._store.read(lambda session: _earlier(session, who.project, header.request_id, request_sha256))
             if row is None:
                 uri = storage.join(self._bases_uri, built.sha256)
+                template = read_chat_template(folder)
                 version = model_pb2.ModelVersion(
                     base=header.source[:500],
                     method="import",
@@ -62,7 +62,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
                     artifact_uri=uri,
                     kind=model_pb2.MODEL_KIND_FULL,
                     size_bytes=built.size_bytes,
-                    chat_template_sha256=template_sha256(_chat_template(folder)),
+                    chat_template_sha256=template_sha256(template) if template else "",
                     lineage=model_pb2.Lineage(base=header.source[:500], base_content_hash=built.sha256),
                 )
 
@@ -261,16 +261,6 @@ def _finish(sink: Sink | None, name: str, expected: int) -> None:
         sink.close()
         if sink.size != expected:
             raise InvalidArgument.of([Violation("file", f"{name!r} has {sink.size} bytes, {expected} were announced")])
-
-
-def _chat_template(folder: Path) -> str:
-    """The chat template as transformers keeps it: a file of its own, or a field of the tokenizer's configuration."""
-    own = folder / "chat_template.jinja"
-    if own.exists():
-        return own.read_text()
-    configuration = folder / "tokenizer_config.json"
-    template = json.loads(configuration.read_text()).get("chat_template") if configuration.exists() else ""
-    return template if isinstance(template, str) else ""
 
 
 def _earlier(session: Session, project: str, request_id: str, request_sha256: str) -> tables.ModelVersion | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from common.chat import template_sha256
+from common.chat import default_template, template_sha256
 from common.errors import InvalidArgument, Violation
 from serving.engines import loading
 from serving.engines.base import Completion, Engine, Request, Score
@@ -42,8 +42,8 @@ class TransformersEngine(Engine):
         forward = model.get_base_model().forward if hasattr(model, "get_base_model") else model.forward
         self._keeps_logits = "logits_to_keep" in inspect.signature(forward).parameters
         self._shares_beginnings = ChoiceScorer.fits(model)
-        template = tokenizer.chat_template
-        self.chat_template_sha256 = template_sha256(template) if isinstance(template, str) and template else ""
+        template = default_template(tokenizer.chat_template)
+        self.chat_template_sha256 = template_sha256(template) if template else ""
         self.max_length = max_length
 
     @classmethod

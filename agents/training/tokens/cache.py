@@ -54,7 +54,7 @@ class TokenSpec:
     max_rows: int = 0
     processes: int = 1
 
-    def key(self, chat_template: str | None) -> str:
+    def key(self, chat_template: object) -> str:
         """SHA-256 of everything that the tokens depend on."""
         content = {
             "format": FORMAT,
@@ -63,7 +63,7 @@ class TokenSpec:
             "rows": _sums(self.path.parent, [self.path.name]),
             "split": self.path.stem,
             "tokenizer": _sums(self.base_dir, _tokenizer_files(self.base_dir)),
-            "chat_template": chat.template_sha256(chat_template or ""),
+            "chat_template": chat.template_sha256(chat.default_template(chat_template)),
             "max_length": self.max_length,
             "loss_on_all": self.loss_on_all,
             "max_rows": self.max_rows,

@@ -55,7 +55,7 @@ def _chunks(rows: Iterator[Row]) -> Iterator[tuple[Row, ...]]:
         yield chunk
 
 
-def _prepare(base_dir: Path, chat_template: str | None, settings: dict[str, Any]) -> None:
+def _prepare(base_dir: Path, chat_template: Any, settings: dict[str, Any]) -> None:
     """Make a process of the pool ready, and have it end with its parent, however that ends."""
     global _tokenise
     parent = parent_process()

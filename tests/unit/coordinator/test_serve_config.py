@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from typing import Any
 
 from coordinator.cluster.serve_config import (
     AppStatus,
@@ -19,7 +20,7 @@ from coordinator.cluster.serve_config import (
 )
 
 APP = ModelApp("file:///s/models/a", "aa", cpus=1, min_replicas=1, max_replicas=3, target_ongoing_requests=2.5)
-OTHER = ModelApp("file:///s/models/b", "bb", "file:///s/bases/c", "cc", gpus=1)
+OTHER = ModelApp("file:///s/models/b", "bb", "file:///s/bases/c", "cc", gpus=1, chat_template_sha256="dd")
 SNAPSHOT = Snapshot(
     keys=[
         KeyEntry("FF" * 32, "acme", "k1", "ROLE_QUERY", 12.5),
@@ -50,8 +51,20 @@ def test_the_same_wish_gives_the_same_bytes_in_any_order() -> None:
 def test_a_name_is_stable_and_differs_with_what_replicas_cannot_change() -> None:
     assert APP.name == replace(APP, cpus=1.0).name == "m-" + APP.name[2:]
     assert len(APP.name) == 18
-    changed = [{"artifact_sha256": "x"}, {"cpus": 2}, {"gpus": 1}, {"base_uri": "y"}, {"min_replicas": 2}, {"max_replicas": 9}]
+    changed: list[dict[str, Any]] = [
+        {"artifact_sha256": "x"},
+        {"cpus": 2},
+        {"gpus": 1},
+        {"base_uri": "y"},
+        {"min_replicas": 2},
+        {"max_replicas": 9},
+        {"chat_template_sha256": "z"},
+    ]
     assert len({APP.name, *(replace(APP, **change).name for change in changed)}) == len(changed) + 1
+
+
+def test_a_model_without_a_template_on_record_keeps_its_name() -> None:
+    assert APP.name == "m-b125698bd92e3098"
 
 
 def test_keys_and_routes_change_nothing_but_the_gateways_user_config() -> None:
@@ -85,7 +98,7 @@ def test_the_applications_read_the_arguments_that_are_rendered() -> None:
     assert GatewayArgs.of(gateway["args"]).max_body_bytes == 5
     args = {app["name"]: ModelArgs(**app["args"]) for app in models}
     assert args[APP.name] == ModelArgs("file:///s/models/a", "aa", device="cpu", threads=1)
-    assert args[OTHER.name] == ModelArgs("file:///s/models/b", "bb", "file:///s/bases/c", "cc", device="cuda", threads=1)
+    assert args[OTHER.name] == ModelArgs("file:///s/models/b", "bb", "file:///s/bases/c", "cc", "cuda", 1, "dd")
 
 
 def test_status_is_read_for_each_application() -> None:

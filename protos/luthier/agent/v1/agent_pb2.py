@@ -28,7 +28,7 @@ from luthier.v1 import sweep_pb2 as luthier_dot_v1_dot_sweep__pb2
 from luthier.v1 import training_pb2 as luthier_dot_v1_dot_training__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cluthier/agent/v1/agent.proto\x12\x10luthier.agent.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14luthier/v1/job.proto\x1a\x16luthier/v1/sweep.proto\x1a\x19luthier/v1/training.proto\"\\\n\x0f\x43laimRunRequest\x12\x0f\n\x07job_uid\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\x05\x12\x13\n\x0b\x63laim_token\x18\x03 \x01(\t\x12\x16\n\x0esession_secret\x18\x04 \x01(\t\"\x99\x01\n\x08\x41rtifact\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0b\n\x03uri\x18\x03 \x01(\t\x12\x14\n\x0c\x63ontent_hash\x18\x04 \x01(\t\x12\x10\n\x08revision\x18\x05 \x01(\t\x12(\n\x04\x62\x61se\x18\x06 \x01(\x0b\x32\x1a.luthier.agent.v1.Artifact\x12\x12\n\nmodel_kind\x18\x07 \x01(\t\"\xbf\x03\n\x10\x43laimRunResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.luthier.v1.Job\x12>\n\x06inputs\x18\x02 \x03(\x0b\x32..luthier.agent.v1.ClaimRunResponse.InputsEntry\x12\x0f\n\x07run_uri\x18\x03 \x01(\t\x12\x13\n\x0bstorage_uri\x18\x04 \x01(\t\x12\x17\n\x0freport_interval\x18\x05 \x01(\x01\x12\x0e\n\x06labels\x18\x06 \x03(\t\x12+\n\x0bresume_from\x18\x07 \x03(\x0b\x32\x16.luthier.v1.Checkpoint\x12\x14\n\x0ctrace_parent\x18\t \x01(\t\x12@\n\x07secrets\x18\x08 \x03(\x0b\x32/.luthier.agent.v1.ClaimRunResponse.SecretsEntry\x1aI\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12)\n\x05value\x18\x02 \x01(\x0b\x32\x1a.luthier.agent.v1.Artifact:\x02\x38\x01\x1a.\n\x0cSecretsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xb9\x04\n\x06Report\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\x05phase\x18\x03 \x01(\x0b\x32\x1d.luthier.agent.v1.PhaseReportH\x00\x12(\n\x08progress\x18\x04 \x01(\x0b\x32\x14.luthier.v1.ProgressH\x00\x12*\n\x07metrics\x18\x05 \x01(\x0b\x32\x17.luthier.v1.MetricPointH\x00\x12*\n\x03log\x18\x06 \x01(\x0b\x32\x1b.luthier.agent.v1.LogReportH\x00\x12,\n\ncheckpoint\x18\x07 \x01(\x0b\x32\x16.luthier.v1.CheckpointH\x00\x12*\n\x06\x65ngine\x18\x08 \x01(\x0b\x32\x18.luthier.v1.EngineReportH\x00\x12\"\n\x05trial\x18\t \x01(\x0b\x32\x11.luthier.v1.TrialH\x00\x12\'\n\x07\x66\x61ilure\x18\n \x01(\x0b\x32\x14.luthier.v1.JobErrorH\x00\x12\x32\n\x07outcome\x18\x0b \x01(\x0b\x32\x1f.luthier.agent.v1.OutcomeReportH\x00\x12(\n\x07partial\x18\x0c \x01(\x0b\x32\x15.luthier.v1.JobResultH\x00\x12\x34\n\x08standing\x18\r \x01(\x0b\x32 .luthier.agent.v1.StandingReportH\x00\x42\x06\n\x04\x62ody\"r\n\x0eStandingReport\x12\r\n\x05moves\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\r\n\x05\x64oing\x18\x03 \x01(\t\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x10\n\x08gives_up\x18\x05 \x01(\x08\x12\x11\n\ttraceback\x18\x06 \x01(\t\"-\n\x0bPhaseReport\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"/\n\tLogReport\x12\"\n\x05lines\x18\x01 \x03(\x0b\x32\x13.luthier.v1.LogLine\"\xdb\x01\n\rOutcomeReport\x12#\n\x05state\x18\x01 \x01(\x0e\x32\x14.luthier.v1.JobState\x12)\n\nend_reason\x18\x02 \x01(\x0e\x32\x15.luthier.v1.EndReason\x12%\n\x06result\x18\x03 \x01(\x0b\x32\x15.luthier.v1.JobResult\x12#\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x14.luthier.v1.JobError\x12.\n\x05model\x18\x05 \x01(\x0b\x32\x1f.luthier.agent.v1.ProducedModel\"\x98\x03\n\rProducedModel\x12\x0b\n\x03uri\x18\x01 \x01(\t\x12\x14\n\x0c\x63ontent_hash\x18\x02 \x01(\t\x12\x12\n\nmodel_kind\x18\x03 \x01(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x1c\n\x14\x63hat_template_sha256\x18\x05 \x01(\t\x12(\n\x04\x62\x61se\x18\x06 \x01(\x0b\x32\x1a.luthier.agent.v1.Artifact\x12\x43\n\nparameters\x18\x07 \x03(\x0b\x32/.luthier.agent.v1.ProducedModel.ParametersEntry\x12\r\n\x05trial\x18\x08 \x01(\t\x12=\n\x07metrics\x18\t \x03(\x0b\x32,.luthier.agent.v1.ProducedModel.MetricsEntry\x1a\x31\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x80\x01\n\rReportRequest\x12\x0f\n\x07job_uid\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\x05\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x16\n\x0esession_secret\x18\x04 \x01(\t\x12)\n\x07reports\x18\x05 \x03(\x0b\x32\x18.luthier.agent.v1.Report\"x\n\x0eReportResponse\x12\x14\n\x0c\x61\x63knowledged\x18\x01 \x01(\x03\x12$\n\x04wish\x18\x02 \x01(\x0e\x32\x16.luthier.agent.v1.Wish\x12*\n\x0bwish_reason\x18\x03 \x01(\x0e\x32\x15.luthier.v1.EndReason*N\n\x04Wish\x12\x14\n\x10WISH_UNSPECIFIED\x10\x00\x12\x0f\n\x0bWISH_CANCEL\x10\x01\x12\x0e\n\nWISH_PAUSE\x10\x02\x12\x0f\n\x0bWISH_FINISH\x10\x03\x32\xae\x01\n\x0c\x41gentService\x12Q\n\x08\x43laimRun\x12!.luthier.agent.v1.ClaimRunRequest\x1a\".luthier.agent.v1.ClaimRunResponse\x12K\n\x06Report\x12\x1f.luthier.agent.v1.ReportRequest\x1a .luthier.agent.v1.ReportResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cluthier/agent/v1/agent.proto\x12\x10luthier.agent.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14luthier/v1/job.proto\x1a\x16luthier/v1/sweep.proto\x1a\x19luthier/v1/training.proto\"\\\n\x0f\x43laimRunRequest\x12\x0f\n\x07job_uid\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\x05\x12\x13\n\x0b\x63laim_token\x18\x03 \x01(\t\x12\x16\n\x0esession_secret\x18\x04 \x01(\t\"\xb7\x01\n\x08\x41rtifact\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0b\n\x03uri\x18\x03 \x01(\t\x12\x14\n\x0c\x63ontent_hash\x18\x04 \x01(\t\x12\x10\n\x08revision\x18\x05 \x01(\t\x12(\n\x04\x62\x61se\x18\x06 \x01(\x0b\x32\x1a.luthier.agent.v1.Artifact\x12\x12\n\nmodel_kind\x18\x07 \x01(\t\x12\x1c\n\x14\x63hat_template_sha256\x18\x08 \x01(\t\"\xbf\x03\n\x10\x43laimRunResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.luthier.v1.Job\x12>\n\x06inputs\x18\x02 \x03(\x0b\x32..luthier.agent.v1.ClaimRunResponse.InputsEntry\x12\x0f\n\x07run_uri\x18\x03 \x01(\t\x12\x13\n\x0bstorage_uri\x18\x04 \x01(\t\x12\x17\n\x0freport_interval\x18\x05 \x01(\x01\x12\x0e\n\x06labels\x18\x06 \x03(\t\x12+\n\x0bresume_from\x18\x07 \x03(\x0b\x32\x16.luthier.v1.Checkpoint\x12\x14\n\x0ctrace_parent\x18\t \x01(\t\x12@\n\x07secrets\x18\x08 \x03(\x0b\x32/.luthier.agent.v1.ClaimRunResponse.SecretsEntry\x1aI\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12)\n\x05value\x18\x02 \x01(\x0b\x32\x1a.luthier.agent.v1.Artifact:\x02\x38\x01\x1a.\n\x0cSecretsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xb9\x04\n\x06Report\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\x05phase\x18\x03 \x01(\x0b\x32\x1d.luthier.agent.v1.PhaseReportH\x00\x12(\n\x08progress\x18\x04 \x01(\x0b\x32\x14.luthier.v1.ProgressH\x00\x12*\n\x07metrics\x18\x05 \x01(\x0b\x32\x17.luthier.v1.MetricPointH\x00\x12*\n\x03log\x18\x06 \x01(\x0b\x32\x1b.luthier.agent.v1.LogReportH\x00\x12,\n\ncheckpoint\x18\x07 \x01(\x0b\x32\x16.luthier.v1.CheckpointH\x00\x12*\n\x06\x65ngine\x18\x08 \x01(\x0b\x32\x18.luthier.v1.EngineReportH\x00\x12\"\n\x05trial\x18\t \x01(\x0b\x32\x11.luthier.v1.TrialH\x00\x12\'\n\x07\x66\x61ilure\x18\n \x01(\x0b\x32\x14.luthier.v1.JobErrorH\x00\x12\x32\n\x07outcome\x18\x0b \x01(\x0b\x32\x1f.luthier.agent.v1.OutcomeReportH\x00\x12(\n\x07partial\x18\x0c \x01(\x0b\x32\x15.luthier.v1.JobResultH\x00\x12\x34\n\x08standing\x18\r \x01(\x0b\x32 .luthier.agent.v1.StandingReportH\x00\x42\x06\n\x04\x62ody\"r\n\x0eStandingReport\x12\r\n\x05moves\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\r\n\x05\x64oing\x18\x03 \x01(\t\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x10\n\x08gives_up\x18\x05 \x01(\x08\x12\x11\n\ttraceback\x18\x06 \x01(\t\"-\n\x0bPhaseReport\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"/\n\tLogReport\x12\"\n\x05lines\x18\x01 \x03(\x0b\x32\x13.luthier.v1.LogLine\"\xdb\x01\n\rOutcomeReport\x12#\n\x05state\x18\x01 \x01(\x0e\x32\x14.luthier.v1.JobState\x12)\n\nend_reason\x18\x02 \x01(\x0e\x32\x15.luthier.v1.EndReason\x12%\n\x06result\x18\x03 \x01(\x0b\x32\x15.luthier.v1.JobResult\x12#\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x14.luthier.v1.JobError\x12.\n\x05model\x18\x05 \x01(\x0b\x32\x1f.luthier.agent.v1.ProducedModel\"\x98\x03\n\rProducedModel\x12\x0b\n\x03uri\x18\x01 \x01(\t\x12\x14\n\x0c\x63ontent_hash\x18\x02 \x01(\t\x12\x12\n\nmodel_kind\x18\x03 \x01(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x1c\n\x14\x63hat_template_sha256\x18\x05 \x01(\t\x12(\n\x04\x62\x61se\x18\x06 \x01(\x0b\x32\x1a.luthier.agent.v1.Artifact\x12\x43\n\nparameters\x18\x07 \x03(\x0b\x32/.luthier.agent.v1.ProducedModel.ParametersEntry\x12\r\n\x05trial\x18\x08 \x01(\t\x12=\n\x07metrics\x18\t \x03(\x0b\x32,.luthier.agent.v1.ProducedModel.MetricsEntry\x1a\x31\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x80\x01\n\rReportRequest\x12\x0f\n\x07job_uid\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\x05\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x16\n\x0esession_secret\x18\x04 \x01(\t\x12)\n\x07reports\x18\x05 \x03(\x0b\x32\x18.luthier.agent.v1.Report\"x\n\x0eReportResponse\x12\x14\n\x0c\x61\x63knowledged\x18\x01 \x01(\x03\x12$\n\x04wish\x18\x02 \x01(\x0e\x32\x16.luthier.agent.v1.Wish\x12*\n\x0bwish_reason\x18\x03 \x01(\x0e\x32\x15.luthier.v1.EndReason*N\n\x04Wish\x12\x14\n\x10WISH_UNSPECIFIED\x10\x00\x12\x0f\n\x0bWISH_CANCEL\x10\x01\x12\x0e\n\nWISH_PAUSE\x10\x02\x12\x0f\n\x0bWISH_FINISH\x10\x03\x32\xae\x01\n\x0c\x41gentService\x12Q\n\x08\x43laimRun\x12!.luthier.agent.v1.ClaimRunRequest\x1a\".luthier.agent.v1.ClaimRunResponse\x12K\n\x06Report\x12\x1f.luthier.agent.v1.ReportRequest\x1a .luthier.agent.v1.ReportResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,38 +43,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PRODUCEDMODEL_PARAMETERSENTRY']._serialized_options = b'8\001'
   _globals['_PRODUCEDMODEL_METRICSENTRY']._loaded_options = None
   _globals['_PRODUCEDMODEL_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_WISH']._serialized_start=2526
-  _globals['_WISH']._serialized_end=2604
+  _globals['_WISH']._serialized_start=2556
+  _globals['_WISH']._serialized_end=2634
   _globals['_CLAIMRUNREQUEST']._serialized_start=156
   _globals['_CLAIMRUNREQUEST']._serialized_end=248
   _globals['_ARTIFACT']._serialized_start=251
-  _globals['_ARTIFACT']._serialized_end=404
-  _globals['_CLAIMRUNRESPONSE']._serialized_start=407
-  _globals['_CLAIMRUNRESPONSE']._serialized_end=854
-  _globals['_CLAIMRUNRESPONSE_INPUTSENTRY']._serialized_start=733
-  _globals['_CLAIMRUNRESPONSE_INPUTSENTRY']._serialized_end=806
-  _globals['_CLAIMRUNRESPONSE_SECRETSENTRY']._serialized_start=808
-  _globals['_CLAIMRUNRESPONSE_SECRETSENTRY']._serialized_end=854
-  _globals['_REPORT']._serialized_start=857
-  _globals['_REPORT']._serialized_end=1426
-  _globals['_STANDINGREPORT']._serialized_start=1428
-  _globals['_STANDINGREPORT']._serialized_end=1542
-  _globals['_PHASEREPORT']._serialized_start=1544
-  _globals['_PHASEREPORT']._serialized_end=1589
-  _globals['_LOGREPORT']._serialized_start=1591
-  _globals['_LOGREPORT']._serialized_end=1638
-  _globals['_OUTCOMEREPORT']._serialized_start=1641
-  _globals['_OUTCOMEREPORT']._serialized_end=1860
-  _globals['_PRODUCEDMODEL']._serialized_start=1863
-  _globals['_PRODUCEDMODEL']._serialized_end=2271
-  _globals['_PRODUCEDMODEL_PARAMETERSENTRY']._serialized_start=2174
-  _globals['_PRODUCEDMODEL_PARAMETERSENTRY']._serialized_end=2223
-  _globals['_PRODUCEDMODEL_METRICSENTRY']._serialized_start=2225
-  _globals['_PRODUCEDMODEL_METRICSENTRY']._serialized_end=2271
-  _globals['_REPORTREQUEST']._serialized_start=2274
-  _globals['_REPORTREQUEST']._serialized_end=2402
-  _globals['_REPORTRESPONSE']._serialized_start=2404
-  _globals['_REPORTRESPONSE']._serialized_end=2524
-  _globals['_AGENTSERVICE']._serialized_start=2607
-  _globals['_AGENTSERVICE']._serialized_end=2781
+  _globals['_ARTIFACT']._serialized_end=434
+  _globals['_CLAIMRUNRESPONSE']._serialized_start=437
+  _globals['_CLAIMRUNRESPONSE']._serialized_end=884
+  _globals['_CLAIMRUNRESPONSE_INPUTSENTRY']._serialized_start=763
+  _globals['_CLAIMRUNRESPONSE_INPUTSENTRY']._serialized_end=836
+  _globals['_CLAIMRUNRESPONSE_SECRETSENTRY']._serialized_start=838
+  _globals['_CLAIMRUNRESPONSE_SECRETSENTRY']._serialized_end=884
+  _globals['_REPORT']._serialized_start=887
+  _globals['_REPORT']._serialized_end=1456
+  _globals['_STANDINGREPORT']._serialized_start=1458
+  _globals['_STANDINGREPORT']._serialized_end=1572
+  _globals['_PHASEREPORT']._serialized_start=1574
+  _globals['_PHASEREPORT']._serialized_end=1619
+  _globals['_LOGREPORT']._serialized_start=1621
+  _globals['_LOGREPORT']._serialized_end=1668
+  _globals['_OUTCOMEREPORT']._serialized_start=1671
+  _globals['_OUTCOMEREPORT']._serialized_end=1890
+  _globals['_PRODUCEDMODEL']._serialized_start=1893
+  _globals['_PRODUCEDMODEL']._serialized_end=2301
+  _globals['_PRODUCEDMODEL_PARAMETERSENTRY']._serialized_start=2204
+  _globals['_PRODUCEDMODEL_PARAMETERSENTRY']._serialized_end=2253
+  _globals['_PRODUCEDMODEL_METRICSENTRY']._serialized_start=2255
+  _globals['_PRODUCEDMODEL_METRICSENTRY']._serialized_end=2301
+  _globals['_REPORTREQUEST']._serialized_start=2304
+  _globals['_REPORTREQUEST']._serialized_end=2432
+  _globals['_REPORTRESPONSE']._serialized_start=2434
+  _globals['_REPORTRESPONSE']._serialized_end=2554
+  _globals['_AGENTSERVICE']._serialized_start=2637
+  _globals['_AGENTSERVICE']._serialized_end=2811
 # @@protoc_insertion_point(module_scope)

@@ -98,6 +98,7 @@ class Artifact(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     BASE_FIELD_NUMBER: _builtins.int
     MODEL_KIND_FIELD_NUMBER: _builtins.int
+    CHAT_TEMPLATE_SHA256_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name in words, for example tickets@1 or builtin:tiny."""
     kind: _builtins.str
@@ -110,6 +111,8 @@ class Artifact(_message.Message):
     """Revision on the hub."""
     model_kind: _builtins.str
     """full or adapter, for models."""
+    chat_template_sha256: _builtins.str
+    """SHA-256 of the chat template, for models that have one on record."""
     @_builtins.property
     def base(self) -> Global___Artifact:
         """For an adapter: its base."""
@@ -124,10 +127,11 @@ class Artifact(_message.Message):
         revision: _builtins.str = ...,
         base: Global___Artifact | None = ...,
         model_kind: _builtins.str = ...,
+        chat_template_sha256: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "content_hash", b"content_hash", "kind", b"kind", "model_kind", b"model_kind", "name", b"name", "revision", b"revision", "uri", b"uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "chat_template_sha256", b"chat_template_sha256", "content_hash", b"content_hash", "kind", b"kind", "model_kind", b"model_kind", "name", b"name", "revision", b"revision", "uri", b"uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
