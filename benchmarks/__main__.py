@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import fanout, restart, schedule, simulate, submit, submits
+from benchmarks import fanout, packing, restart, schedule, simulate, submit, submits
 
 if __name__ == "__main__":
     submit.main()
@@ -11,3 +11,4 @@ if __name__ == "__main__":
     restart.main()
     schedule.main()
     simulate.main()
+    packing.main()

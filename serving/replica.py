@@ -9,8 +9,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 from opentelemetry.trace import SpanKind
 
-from common.chat import check_template
 from common import manifest, tracing
+from common.chat import check_template
 from common.errors import Internal, InvalidArgument, LuthierError, Unavailable
 from serving.batching import Batcher
 from serving.engines import Completion, Engine, Request, load_engine
