@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from cli.command import command
-from cli.commands.train import finish, with_full_names
+from cli.commands.train import finish, say_what_it_needs, with_full_names
 from cli.confirm import confirm
 from cli.context import Cli
 from cli.flags import set_path
 from cli.follow import event_line, figures_text, follow, follower, steps_text, succeeded
 from cli.jobfile import read_job
+from cli.render.estimates import estimate_view
 from cli.render.jobs import job_view, jobs_table
 from cli.render.text import when
 from cli.values import duration, pairs
@@ -37,13 +38,24 @@ def submit(
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow the job and print it as it ended.")] = False,
 ) -> None:
     """Create the job that a file describes."""
-    job = cli.client.create_job(with_full_names(cli, read_job(file)), request_id or None, validate_only)
+    wanted = with_full_names(cli, read_job(file))
+    job = cli.client.create_job(wanted, request_id or None, validate_only)
     if validate_only:
-        cli.out.say("the job is fine; nothing was started")
+        say_what_it_needs(cli, wanted)
     elif watch:
         cli.out.say(f"job {short_name(job.name)}")
         job = follow(cli, job)
     finish(cli, job, watched=watch and not validate_only)
+
+
+@command(app)
+def estimate(
+    cli: Cli,
+    file: Annotated[str, typer.Option("--file", "-f", help="Job file, YAML or JSON; - for stdin.")],
+) -> None:
+    """Tell what the job of a file would need: memory, duration, and its place in the queue. Nothing is recorded."""
+    answer = cli.client.estimate_job(with_full_names(cli, read_job(file)))
+    cli.out.answer(answer, estimate_view(answer.estimate))
 
 
 @command(app, "list")

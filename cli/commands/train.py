@@ -14,6 +14,7 @@ from cli.context import Cli
 from cli.failures import Failure
 from cli.flags import FinetuneFlags, JobFlags, SweepFlags, dress, finetune_spec, sweep_spec
 from cli.follow import follow, succeeded, upload_bar
+from cli.render.estimates import estimate_view
 from cli.render.jobs import job_view
 from cli.values import id_from
 from luthier.client import is_terminal, short_name
@@ -69,13 +70,21 @@ def evaluate(
 
 def send(cli: Cli, job: Job, flags: JobFlags) -> None:
     """Create a job, follow it where asked to, and print it."""
-    created = cli.client.create_job(with_full_names(cli, job), flags.request_id or None, flags.validate_only)
+    wanted = with_full_names(cli, job)
+    created = cli.client.create_job(wanted, flags.request_id or None, flags.validate_only)
     if flags.validate_only:
-        cli.out.say("the job is fine; nothing was started")
+        say_what_it_needs(cli, wanted)
     elif flags.watch:
         cli.out.say(f"job {short_name(created.name)}")
         created = follow(cli, created)
     finish(cli, created, watched=flags.watch and not flags.validate_only)
+
+
+def say_what_it_needs(cli: Cli, job: Job) -> None:
+    """Tell people what a job that is fine would need."""
+    cli.out.say("the job is fine; nothing was started")
+    if not cli.json:
+        cli.out.table(estimate_view(cli.client.estimate_job(job).estimate))
 
 
 def with_full_names(cli: Cli, job: Job) -> Job:

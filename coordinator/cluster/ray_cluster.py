@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,10 @@ TELL_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class Capacity:
-    """What the cluster has."""
+    """What the cluster has. `memory` is what Ray lets programs have of a node's, in bytes by the node's id, as far as told."""
 
     nodes: tuple[Node, ...]
+    memory: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> Demand:
@@ -106,7 +107,8 @@ class RayCluster:
         if response.status_code != 200:
             raise Unavailable(f"Ray's dashboard answers {response.status_code} for its nodes", "RAY_UNAVAILABLE")
         nodes = response.json()["data"]["result"]["result"]
-        return Capacity(tuple(Node(str(node["node_id"]), _total(node), _labels(node)) for node in nodes))
+        memory = {str(node["node_id"]): int((node.get("resources_total") or {}).get("memory", 0)) for node in nodes}
+        return Capacity(tuple(Node(str(node["node_id"]), _total(node), _labels(node)) for node in nodes), memory)
 
     def submit(self, submission_id: str, entrypoint: str, env: dict[str, str], selector: Mapping[str, str]) -> bool:
         """Start an agent as a Ray job on a node with certain labels.

@@ -11,6 +11,7 @@ from sqlmodel import Session, col, select
 from common.errors import InvalidArgument, LuthierError, Violation
 from coordinator import messages
 from coordinator.collector import TOPIC as COLLECTOR
+from coordinator.estimates.estimate import estimate
 from coordinator.jobs import create, submit
 from coordinator.jobs import secrets as job_secrets
 from coordinator.jobs.change import Change
@@ -63,7 +64,10 @@ class JobService(JobHistory):
             return job_pb2.CreateJobResponse(job=messages.job(before))
         if request.validate_only:
             before = await self._store.read(lambda session: create.earlier(session, identity))
-            return job_pb2.CreateJobResponse(job=messages.job(before) if before is not None else job)
+            if before is not None:
+                return job_pb2.CreateJobResponse(job=messages.job(before))
+            needs = await estimate(self._store, who.project, job, resolved, await self._reconciler.capacity())
+            return job_pb2.CreateJobResponse(job=job, estimate=needs)
         if job.after:
             row = await self._store.write(lambda session: create.insert(session, identity, job, resolved))
             made = messages.job(row)
@@ -73,6 +77,12 @@ class JobService(JobHistory):
             made = messages.new_job(row, job) if row.uid == submission.row["uid"] else messages.job(row)
         self._notifier.notify("scheduler")
         return job_pb2.CreateJobResponse(job=made)
+
+    async def EstimateJob(self, request: job_pb2.EstimateJobRequest, context: Context) -> job_pb2.EstimateJobResponse:
+        """See job.proto."""
+        asked = job_pb2.CreateJobRequest(parent=request.parent, job=request.job, validate_only=True)
+        answer = await self.CreateJob(asked, context)
+        return job_pb2.EstimateJobResponse(job=answer.job, estimate=answer.estimate)
 
     async def GetJob(self, request: job_pb2.GetJobRequest, context: Context) -> job_pb2.GetJobResponse:
         """See job.proto."""

@@ -26,6 +26,7 @@ VIEWER, EDITOR, ADMIN, OPERATOR = (
 
 NEEDS: dict[str, admin_pb2.Role.ValueType] = {
     "/luthier.v1.JobService/CreateJob": EDITOR,
+    "/luthier.v1.JobService/EstimateJob": VIEWER,
     "/luthier.v1.JobService/GetJob": VIEWER,
     "/luthier.v1.JobService/ListJobs": VIEWER,
     "/luthier.v1.JobService/UpdateJob": EDITOR,

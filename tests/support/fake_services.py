@@ -33,6 +33,7 @@ from luthier.v1 import (
     secret_pb2,
     secret_pb2_grpc,
 )
+from luthier.v1.estimate_pb2 import JobEstimate
 from tests.support.fake_calls import Failure, Recorded, Service, page, refuse
 from tests.support.fake_registry import Admin, Datasets, Endpoints, Members, Models, Secrets
 
@@ -49,6 +50,7 @@ class FakeCoordinator:
     port: int = 0
     on_create: Callable[[FakeCoordinator, job_pb2.Job], None] | None = None
     jobs: dict[str, job_pb2.Job] = field(default_factory=dict)
+    estimate: JobEstimate = field(default_factory=JobEstimate)
     events: dict[str, list[job_pb2.WatchJobResponse]] = field(default_factory=lambda: defaultdict(list))
     logs: dict[str, list[job_pb2.LogLine]] = field(default_factory=lambda: defaultdict(list))
     datasets: dict[str, list[dataset_pb2.DatasetVersion]] = field(default_factory=lambda: defaultdict(list))
@@ -190,6 +192,10 @@ class Jobs(Service, job_pb2_grpc.JobServiceServicer):
             fake.emit(job, job_pb2.JOB_STATE_QUEUED, "recorded")
             threading.Thread(target=fake.on_create, args=(fake, job), daemon=True).start()
         return job_pb2.CreateJobResponse(job=job)
+
+    def EstimateJob(self, request: Any, context: Any) -> Any:
+        self.fake.enter(context, "EstimateJob", request)
+        return job_pb2.EstimateJobResponse(job=request.job, estimate=self.fake.estimate)
 
     def GetJob(self, request: Any, context: Any) -> Any:
         self.fake.enter(context, "GetJob", request)

@@ -102,6 +102,10 @@ class Client(TenancyCalls):
         )
         return self.jobs.CreateJob(request).job
 
+    def estimate_job(self, job: job_pb2.Job) -> job_pb2.EstimateJobResponse:
+        """Tell what a job would need, without recording it: memory, duration, and its place in the queue."""
+        return self.jobs.EstimateJob(job_pb2.EstimateJobRequest(parent=self.parent, job=job))
+
     def get_job(self, name: str) -> job_pb2.Job:
         """Return a job."""
         return self.jobs.GetJob(job_pb2.GetJobRequest(name=self.job_name(name))).job

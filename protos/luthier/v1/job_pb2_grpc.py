@@ -40,6 +40,11 @@ class JobServiceStub:
                 request_serializer=luthier_dot_v1_dot_job__pb2.CreateJobRequest.SerializeToString,
                 response_deserializer=luthier_dot_v1_dot_job__pb2.CreateJobResponse.FromString,
                 _registered_method=True)
+        self.EstimateJob = channel.unary_unary(
+                '/luthier.v1.JobService/EstimateJob',
+                request_serializer=luthier_dot_v1_dot_job__pb2.EstimateJobRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_job__pb2.EstimateJobResponse.FromString,
+                _registered_method=True)
         self.GetJob = channel.unary_unary(
                 '/luthier.v1.JobService/GetJob',
                 request_serializer=luthier_dot_v1_dot_job__pb2.GetJobRequest.SerializeToString,
@@ -109,6 +114,14 @@ class JobServiceServicer:
     def CreateJob(self, request, context):
         """CreateJob validates a job and records it. When it answers, the job is durable.
         The same request_id with the same body answers with the first job; with another body it is ALREADY_EXISTS.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EstimateJob(self, request, context):
+        """EstimateJob tells of a job, which is checked as CreateJob checks it and not recorded, whether its workers' memory suffices, how long
+        it may take and when it may start.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -213,6 +226,11 @@ def add_JobServiceServicer_to_server(servicer, server):
                     request_deserializer=luthier_dot_v1_dot_job__pb2.CreateJobRequest.FromString,
                     response_serializer=luthier_dot_v1_dot_job__pb2.CreateJobResponse.SerializeToString,
             ),
+            'EstimateJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.EstimateJob,
+                    request_deserializer=luthier_dot_v1_dot_job__pb2.EstimateJobRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_job__pb2.EstimateJobResponse.SerializeToString,
+            ),
             'GetJob': grpc.unary_unary_rpc_method_handler(
                     servicer.GetJob,
                     request_deserializer=luthier_dot_v1_dot_job__pb2.GetJobRequest.FromString,
@@ -302,6 +320,33 @@ class JobService:
             '/luthier.v1.JobService/CreateJob',
             luthier_dot_v1_dot_job__pb2.CreateJobRequest.SerializeToString,
             luthier_dot_v1_dot_job__pb2.CreateJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EstimateJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.JobService/EstimateJob',
+            luthier_dot_v1_dot_job__pb2.EstimateJobRequest.SerializeToString,
+            luthier_dot_v1_dot_job__pb2.EstimateJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,10 @@ class JobServiceStub:
     """CreateJob validates a job and records it. When it answers, the job is durable.
     The same request_id with the same body answers with the first job; with another body it is ALREADY_EXISTS.
     """
+    EstimateJob: _grpc.UnaryUnaryMultiCallable[_job_pb2.EstimateJobRequest, _job_pb2.EstimateJobResponse]
+    """EstimateJob tells of a job, which is checked as CreateJob checks it and not recorded, whether its workers' memory suffices, how long
+    it may take and when it may start.
+    """
     GetJob: _grpc.UnaryUnaryMultiCallable[_job_pb2.GetJobRequest, _job_pb2.GetJobResponse]
     """GetJob returns one job. NOT_FOUND where it does not exist or belongs to another project."""
     ListJobs: _grpc.UnaryUnaryMultiCallable[_job_pb2.ListJobsRequest, _job_pb2.ListJobsResponse]
@@ -82,6 +86,10 @@ class JobServiceAsyncStub(JobServiceStub):
     CreateJob: _aio.UnaryUnaryMultiCallable[_job_pb2.CreateJobRequest, _job_pb2.CreateJobResponse]  # type: ignore[assignment]
     """CreateJob validates a job and records it. When it answers, the job is durable.
     The same request_id with the same body answers with the first job; with another body it is ALREADY_EXISTS.
+    """
+    EstimateJob: _aio.UnaryUnaryMultiCallable[_job_pb2.EstimateJobRequest, _job_pb2.EstimateJobResponse]  # type: ignore[assignment]
+    """EstimateJob tells of a job, which is checked as CreateJob checks it and not recorded, whether its workers' memory suffices, how long
+    it may take and when it may start.
     """
     GetJob: _aio.UnaryUnaryMultiCallable[_job_pb2.GetJobRequest, _job_pb2.GetJobResponse]  # type: ignore[assignment]
     """GetJob returns one job. NOT_FOUND where it does not exist or belongs to another project."""
@@ -131,6 +139,16 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_job_pb2.CreateJobResponse, _abc.Awaitable[_job_pb2.CreateJobResponse]]:
         """CreateJob validates a job and records it. When it answers, the job is durable.
         The same request_id with the same body answers with the first job; with another body it is ALREADY_EXISTS.
+        """
+
+    @_abc_1.abstractmethod
+    def EstimateJob(
+        self,
+        request: _job_pb2.EstimateJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_pb2.EstimateJobResponse, _abc.Awaitable[_job_pb2.EstimateJobResponse]]:
+        """EstimateJob tells of a job, which is checked as CreateJob checks it and not recorded, whether its workers' memory suffices, how long
+        it may take and when it may start.
         """
 
     @_abc_1.abstractmethod

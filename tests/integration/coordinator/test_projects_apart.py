@@ -44,6 +44,7 @@ PARENT = "projects/{project}"
 # takes none is listed as such, so that a new call is missing here until somebody has thought about it.
 TAKES: dict[str, tuple[str, str] | None] = {
     "CreateJob": ("parent", PARENT),
+    "EstimateJob": ("parent", PARENT),
     "GetJob": ("name", JOB),
     "ListJobs": ("parent", PARENT),
     "CancelJob": ("name", JOB),

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from luthier.v1 import sweep_pb2, training_pb2
+from luthier.v1.estimate_pb2 import FIT_DOES_NOT_FIT
 from luthier.v1.evaluation_pb2 import Classification, ConfusionRow, Evaluation
 from luthier.v1.job_pb2 import (
     JOB_STATE_FAILED,
@@ -334,3 +335,32 @@ def test_cancel_says_how_the_job_is_now(luthier, fake: FakeCoordinator) -> None:
     fake.add_job(Job())
     assert luthier("job", "cancel", "j-1", "-o", "json").json["state"] == "JOB_STATE_CANCELLED"
     assert luthier("job", "cancel", "j-7").status == 3
+
+
+def test_what_a_job_would_need_is_told_before_anything_is_spent(luthier, fake: FakeCoordinator, tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("finetune: {base: 'builtin:tiny', dataset: tickets}\n")
+    memory = fake.estimate.memory
+    memory.fit, memory.bytes, memory.available_bytes = FIT_DOES_NOT_FIT, 80 * 2**30, 64 * 2**30
+    memory.parts["optimizer"] = 60 * 2**30
+    memory.advice.append("sharding.zero_stage=3")
+    fake.estimate.duration.steps, fake.estimate.duration.runs = 300, 4
+    fake.estimate.duration.expected.seconds, fake.estimate.duration.low.seconds, fake.estimate.duration.high.seconds = (
+        620,
+        480,
+        775,
+    )
+    fake.estimate.queue.position, fake.estimate.queue.waiting_for = 2, "its turn"
+    said = luthier("job", "estimate", "-f", file).stdout
+    for words in (
+        "does not fit: 80.0 GiB, a worker can have 64.0 GiB",
+        "optimizer 60.0 GiB",
+        "sharding.zero_stage=3",
+        "10m 20s (8m to 12m 55s), 300 steps",
+        "number 2, waits for its turn",
+    ):
+        assert words in said
+    assert luthier("job", "estimate", "-f", file, "-o", "json").json["estimate"]["queue"]["position"] == 2
+    ran = luthier(*TRAIN, "--validate-only")
+    assert "number 2, waits for its turn" in ran.stdout + ran.stderr
+    assert fake.called("CreateJob")[-1].request.validate_only

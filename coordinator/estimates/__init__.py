@@ -1,0 +1,1 @@
+"""What a job would need, told before anything is spent."""
