@@ -132,7 +132,8 @@ def _available(capacity: Capacity | None, form: Shape, setup: memory.Setup) -> t
     if not shares:
         return 0, "Ray does not tell how much memory the nodes have"
     share, beside = max(shares)
-    return share, f"a node's memory as Ray counts it, shared by {beside} workers"
+    shared = f", shared by {beside} workers" if beside > 1 else ""
+    return share, f"a node's memory as Ray counts it{shared}"
 
 
 async def _duration(store: Store, project: str, job: job_pb2.Job) -> estimate_pb2.DurationEstimate:

@@ -50,6 +50,7 @@ class FakeCoordinator:
     port: int = 0
     on_create: Callable[[FakeCoordinator, job_pb2.Job], None] | None = None
     jobs: dict[str, job_pb2.Job] = field(default_factory=dict)
+    project_events: list[job_pb2.WatchJobsResponse] = field(default_factory=list)
     estimate: JobEstimate = field(default_factory=JobEstimate)
     events: dict[str, list[job_pb2.WatchJobResponse]] = field(default_factory=lambda: defaultdict(list))
     logs: dict[str, list[job_pb2.LogLine]] = field(default_factory=lambda: defaultdict(list))
@@ -260,6 +261,11 @@ class Jobs(Service, job_pb2_grpc.JobServiceServicer):
                     return
             if not items:
                 yield job_pb2.WatchJobResponse(bookmark=seen)
+
+    def WatchJobs(self, request: Any, context: Any) -> Iterator[Any]:
+        self.fake.enter(context, "WatchJobs", request)
+        yield from self.fake.project_events
+        context.abort(grpc.StatusCode.OUT_OF_RANGE, "no more is to come")
 
     def TailLogs(self, request: Any, context: Any) -> Iterator[Any]:
         fake = self.fake

@@ -13,9 +13,11 @@ from luthier.v1.job_pb2 import (
     JOB_STATE_SUCCEEDED,
     Job,
     JobError,
+    JobEvent,
     LogLine,
     Placement,
     Progress,
+    WatchJobsResponse,
 )
 from luthier.v1.sweep_pb2 import Trial
 from luthier.v1.training_pb2 import EngineReport, FinetuneSpec, RankReport
@@ -335,6 +337,38 @@ def test_cancel_says_how_the_job_is_now(luthier, fake: FakeCoordinator) -> None:
     fake.add_job(Job())
     assert luthier("job", "cancel", "j-1", "-o", "json").json["state"] == "JOB_STATE_CANCELLED"
     assert luthier("job", "cancel", "j-7").status == 3
+
+
+def test_what_is_wanted_of_a_log_is_asked_of_the_coordinator(luthier, fake: FakeCoordinator) -> None:
+    job = fake.add_job(Job())
+    fake.logs[job.name] = [LogLine(sequence=30, source="luthier", level="WARNING", message="30 older lines are no longer kept")]
+    ran = luthier("job", "logs", "j-1", "--level", "warning", "--grep", "loss (nan|inf)", "--run", "2")
+    assert ran.status == 0
+    asked = fake.called("TailLogs")[-1].request
+    assert (asked.level, asked.pattern, asked.run, asked.follow) == ("warning", "loss (nan|inf)", 2, False)
+    assert luthier("job", "logs", "j-1", "--run", "-1").status == 2
+
+
+def test_all_jobs_are_followed_where_none_is_named(luthier, fake: FakeCoordinator) -> None:
+    fake.project_events = [
+        WatchJobsResponse(bookmark=4, sequence=4),
+        *(
+            WatchJobsResponse(
+                event=JobEvent(sequence=1, state=JOB_STATE_RUNNING, message=f"event {number}"),
+                job=f"projects/default/jobs/j-{number}",
+                sequence=number,
+            )
+            for number in (5, 6)
+        ),
+    ]
+    ran = luthier("job", "watch")
+    assert ran.status == 2  # the fake refuses to go on after its last event, where a coordinator would wait
+    lines = ran.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["j-5", "j-6"]
+    assert lines[0].endswith("event 5")
+    assert fake.called("WatchJobs")[0].request.after_sequence == -1
+    luthier("job", "watch", "--after-sequence", "4")
+    assert fake.called("WatchJobs")[-1].request.after_sequence == 4
 
 
 def test_what_a_job_would_need_is_told_before_anything_is_spent(luthier, fake: FakeCoordinator, tmp_path: Path) -> None:
