@@ -51,7 +51,7 @@ def storage(tmp_path_factory):
 
 def score(storage, link, **changes):
     options = {"split": "", "max_rows": 0, "labels": ("no", "yes"), "label_key": "", "generate": True, "cpus": 1.0, "gpus": 0.0}
-    options |= {"name": "micro@1", "dataset_name": "tickets@1", "link": link, "phase": "evaluating", **changes}
+    options |= {"selector": {}, "name": "micro@1", "dataset_name": "tickets@1", "link": link, "phase": "evaluating", **changes}
     return evaluate_remotely(*storage.values(), **options)
 
 
