@@ -142,7 +142,13 @@ class Reconciler:
             await self._plan()
             return
         await self._expire()
-        await self._observe()
+        try:
+            await self._observe()
+        except Unavailable:
+            # Nothing can be started, but whoever waits is told for what, and what place it has.
+            _, decided = await self._plan()
+            await self._tell_reasons(decided.decisions)
+            raise
         await self._start()
 
     async def capacity(self) -> Capacity | None:

@@ -227,6 +227,21 @@ async def test_while_ray_is_away_nothing_is_decided(loop: Reconciler, store: Sto
     assert (job_of(store, running).state, job_of(store, queued).state) == ("RUNNING", "QUEUED")
 
 
+async def test_while_ray_is_away_and_something_runs_a_new_job_is_told_what_it_waits_for(
+    loop: Reconciler, store: Store, ray: FakeRay, new_job: NewJob
+) -> None:
+    running = new_job(workers=3)
+    await loop.round()
+    claim(store, running)
+    ray.down, loop._capacity_until = True, 0.0
+    queued = new_job(workers=3)
+    with pytest.raises(reconcile.Unavailable):
+        await loop.round()
+    decision = loop.queue.decisions[queued.uid]
+    assert (decision.position, decision.start) == (1, False)
+    assert "cluster" in decision.reason
+
+
 async def test_cancelling_a_queued_job_ends_it_at_once(store: Store, new_job: NewJob) -> None:
     job = new_job()
     assert store.write_now(lambda session: wish_end(session, job.uid, EndReason.USER))
