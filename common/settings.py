@@ -80,6 +80,8 @@ class Settings(BaseSettings):
     )
     log_days: float = Field(90.0, ge=0, description="Days after its end for which a job's log lines are kept; inf for good.")
     log_lines: int = Field(200_000, ge=1000, description="Log lines of a job that are kept; the oldest go first.")
+    max_streams: int = Field(4096, ge=1, description="Watches and log followers that may be open at once; some 30 kB each.")
+    max_project_streams: int = Field(2048, ge=1, description="Of these, the most that one project may have open.")
     max_upload_bytes: int = Field(16 * 2**30, gt=0, description="Largest data set or model file that is taken.")
 
     @classmethod

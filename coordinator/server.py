@@ -41,6 +41,7 @@ from coordinator.services.members import MemberService
 from coordinator.services.models import ModelService
 from coordinator.services.schedules import ScheduleService
 from coordinator.services.secrets import SecretService
+from coordinator.services.streams import Streams
 from coordinator.services.uploads import Staging
 from coordinator.store import tables
 from coordinator.store.database import Store
@@ -77,6 +78,9 @@ GRACE_SECONDS = 5.0
 MAX_MESSAGE = 4 << 20
 """Bytes of one gRPC message. Uploads come in chunks of at most 1 MiB."""
 
+MAX_PENDING = 100_000
+"""Calls that have arrived and that nobody has looked at yet."""
+
 PROJECT = "default"
 """The project that every stack begins with."""
 
@@ -107,11 +111,14 @@ async def serve(settings: Settings) -> None:
         try:
             notifier = Notifier()
             server = grpc.aio.server(
-                interceptors=[Guard(Keys(store, notifier))],
+                interceptors=[Guard(Keys(store, notifier), Streams(settings.max_streams, settings.max_project_streams))],
                 options=[
                     ("grpc.so_reuseport", 0),
                     ("grpc.max_receive_message_length", MAX_MESSAGE),
                     ("grpc.max_send_message_length", 16 * MAX_MESSAGE),
+                    # Of a flood, gRPC would drop what it has not looked at yet without a reason.
+                    ("grpc.server.max_pending_requests", MAX_PENDING),
+                    ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING),
                     ("grpc.keepalive_permit_without_calls", 1),
                     ("grpc.http2.min_ping_interval_without_data_ms", 5000),
                 ],

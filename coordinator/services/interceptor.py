@@ -18,6 +18,7 @@ from common.errors import Internal, LuthierError, PermissionDenied, Unauthentica
 from coordinator import metrics
 from coordinator.services.keys import Keys
 from coordinator.services.principal import NEEDS, OPEN, VIEWER, Context, check_scope, current
+from coordinator.services.streams import Streams
 from coordinator.services.traced import Traced
 from luthier.v1 import admin_pb2
 
@@ -48,8 +49,9 @@ def to_status(error: LuthierError) -> status_pb2.Status:
 class Guard(grpc.aio.ServerInterceptor):
     """Authenticates, authorises, and turns exceptions into statuses."""
 
-    def __init__(self, keys: Keys) -> None:
+    def __init__(self, keys: Keys, streams: Streams) -> None:
         self._keys = keys
+        self._streams = streams
         self._wrapped: dict[str, Any] = {}
 
     async def intercept_service(
@@ -108,8 +110,9 @@ class Guard(grpc.aio.ServerInterceptor):
             with metrics.STREAMS.labels(method).track_inprogress(), _counted(method, traced):
                 try:
                     await self._admit(method, context)
-                    async for response in behaviour(request, context):
-                        yield response
+                    with self._streams.opened(current.get().project):
+                        async for response in behaviour(request, context):
+                            yield response
                 except Exception as error:
                     await _abort(context, method, error)
 
