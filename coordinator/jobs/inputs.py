@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import tuple_
-from sqlmodel import Session, col, select
+from sqlalchemy import bindparam, tuple_
+from sqlmodel import Session, select
 
 from common.errors import LuthierError, NotFound, Unavailable, Violation
 from coordinator.garbage import UNRESOLVED, bases_are_deleted_now
@@ -56,13 +56,20 @@ def _references(project: str, artifacts: Artifacts) -> list[tuple[str, Reference
 
 def _there(session: Session, wanted: set[Reference]) -> set[Reference]:
     there: set[Reference] = set()
-    tables: list[tuple[str, list[Any]]] = [
-        ("dataset", [col(DatasetVersion.project_id), col(DatasetVersion.dataset_id), col(DatasetVersion.version)]),
-        ("registry", [col(ModelVersion.project_id), col(ModelVersion.model_id), col(ModelVersion.version)]),
-    ]
-    for kind, columns in tables:
+    for kind, query in _VERSIONS.items():
         keys = [reference[1:] for reference in wanted if reference[0] == kind]
         if keys:
-            rows = session.execute(select(*columns).where(tuple_(*columns).in_(keys))).all()
-            there |= {(kind, *row) for row in rows}
+            rows = session.connection().execute(query, {"keys": keys})
+            there |= {(kind, row[0], row[1], row[2]) for row in rows}
     return there
+
+
+def _versions(*columns: Any) -> Any:
+    return select(*columns).where(tuple_(*columns).in_(bindparam("keys", expanding=True)))
+
+
+# Built once: to build a statement takes longer than to run it.
+_VERSIONS = {
+    "dataset": _versions(DatasetVersion.project_id, DatasetVersion.dataset_id, DatasetVersion.version),
+    "registry": _versions(ModelVersion.project_id, ModelVersion.model_id, ModelVersion.version),
+}
