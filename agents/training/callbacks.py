@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from agents.training.checkpoints import CheckpointPublisher
 from agents.training.context import TrainContext, Wish
 from agents.training.engine_check import engine_report
+from agents.training.speed import GpuFigures
 from common.errors import FailedPrecondition
 from luthier.v1 import job_pb2, training_pb2
 
@@ -49,6 +50,7 @@ class RunCallback(TrainerCallback):
         self._trial_step = 0
         self.trainer: Any = None
         self.engine: training_pb2.EngineReport | None = None
+        self.gpu: GpuFigures | None = None
         self.wish = Wish.NONE
         self.tokens = 0
         self.losses: list[float] = []
@@ -172,4 +174,6 @@ class RunCallback(TrainerCallback):
         self._told = progress
         figures = {name: float(logs[key]) for key, name in _RECORDED.items() if key in logs and math.isfinite(float(logs[key]))}
         figures |= {"tokens_per_second": rate, "epoch": progress.epoch}
+        if self.gpu is not None:
+            figures |= self.gpu.at(rate)
         self._context.reporter.metrics(state.global_step, figures, self._context.trial)

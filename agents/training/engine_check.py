@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from agents.training.distributed import gather
+from agents.training.speed import numel
 from common.errors import Internal
 from luthier.v1 import training_pb2
 
@@ -34,9 +35,9 @@ def engine_report(engine: Any, model: torch.nn.Module, zero_stage: int, rank: in
         raise Internal(f"DeepSpeed runs ZeRO stage {stage} instead of {zero_stage}", "WRONG_ZERO_STAGE")
     base = base_optimizer(engine.optimizer)
     parameters = list(model.parameters())
-    total = sum(_numel(parameter) for parameter in parameters)
+    total = sum(numel(parameter) for parameter in parameters)
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    trainable_total = sum(_numel(parameter) for parameter in trainable)
+    trainable_total = sum(numel(parameter) for parameter in trainable)
     held = sum(_held_numel(parameter) for parameter in parameters)
     moments = sum(tensor.numel() for tensor in _state_tensors(base))
     local = (
@@ -92,11 +93,6 @@ def _check_spread(stage: int, total: int, trainable: int, ranks: list[tuple[int,
             )
         if stage == 3 and held >= total:
             raise Internal(f"rank {rank} holds all {total:,} parameters although ZeRO stage 3 spreads them", "NOT_SHARDED")
-
-
-def _numel(parameter: Any) -> int:
-    """Numbers in the whole parameter, wherever its parts lie."""
-    return int(parameter.ds_numel) if hasattr(parameter, "ds_numel") else int(parameter.numel())
 
 
 def _held(parameter: Any) -> torch.Tensor:

@@ -89,7 +89,7 @@ def train_locally(
     config = TrainConfig.of(spec)
     alone = not dist.is_initialized()
     if alone:
-        _init_process_group(use_gpu)
+        init_process_group(use_gpu)
     rank = dist.get_rank()
     reporter = reporter or (PrintingReporter() if rank == 0 else SilentReporter())
     # The ranks of a node share a folder; nodes need not share anything.
@@ -159,7 +159,8 @@ def read_spec(path: Path) -> training_pb2.FinetuneSpec:
         raise InvalidArgument(f"{path} is not a FinetuneSpec: {error}", "BAD_SPEC") from error
 
 
-def _init_process_group(use_gpu: bool) -> None:
+def init_process_group(use_gpu: bool) -> None:
+    """Join the group that torchrun's variables name, or make one of this process alone."""
     import torch
     import torch.distributed as dist
 

@@ -25,8 +25,10 @@ from agents.training.context import TrainContext, TrainedModel, Wish
 from agents.training.deepspeed_config import deepspeed_config
 from agents.training.distributed import sums
 from agents.training.environment import join_deepspeed, limit_threads
+from agents.training.kernels import fuse_layers
 from agents.training.packing import RowCollator, StepOrder, decide
 from agents.training.saving import save_model
+from agents.training.speed import GpuFigures, attended_length, flops_per_token
 from agents.training.tokens.cache import Tokens, TokenSpec, open_tokens
 from agents.training.watch import Watch
 from common.errors import InvalidArgument, Violation
@@ -89,6 +91,7 @@ def run_sft(context: TrainContext, model_kind: str, peft_config: PeftConfig | No
         context.base_dir, dtype=_dtype(context), use_safetensors=True, trust_remote_code=False, local_files_only=True
     )
     packing = decide(config.packing, model, tokens.lengths, config.batch_size, config.seed)
+    fused = fuse_layers(model, context.use_gpu)
     _score_targets_only()
     callback = RunCallback(context)
     trainer = _Trainer(
@@ -107,10 +110,14 @@ def run_sft(context: TrainContext, model_kind: str, peft_config: PeftConfig | No
     if (held_out_rows := _held_out_rows(context)) is not None:
         held_out = _tokens(context, tokenizer, *held_out_rows).examples
         callback.hold_out(lambda: held_out_loss(trainer, held_out, context.use_gpu))
+    if context.use_gpu:
+        # Against the peak of bf16, other formats would tell nothing.
+        flops = flops_per_token(trainer.model, attended_length(tokens.lengths)) if args.bf16 else 0.0
+        callback.gpu = GpuFigures(flops, context.world_size)
     layout = f"packed without padding: {packing.why}" if packing.on else f"not packed: {packing.why}"
     left_out = f" ({tokens.report.left_out} more have nothing to learn)" if tokens.report.left_out else ""
     rows = f"{len(tokens.dataset)} rows{left_out}"
-    context.phase("training", f"training {config.method} on {rows} with {context.world_size} workers, {layout}")
+    context.phase("training", f"training {config.method} on {rows} with {context.world_size} workers, {layout}, {fused}")
     started = time.monotonic()
     if context.resume_from is not None and context.is_main:
         logger.info("going on from the checkpoint in %s", context.resume_from.name)
@@ -134,6 +141,8 @@ def run_sft(context: TrainContext, model_kind: str, peft_config: PeftConfig | No
         "train_rows_left_out": float(tokens.report.left_out),
         "train_rows_cut": float(tokens.report.cut.count),
     }
+    if callback.gpu is not None:
+        metrics |= callback.gpu.at(metrics["train_tokens_per_second"])
     return TrainedModel(model_kind, folder, trainer.state.global_step, metrics, callback.engine, callback.wish)
 
 
