@@ -46,8 +46,9 @@ def join_deepspeed(use_gpu: bool) -> None:
     import deepspeed
     from deepspeed import ops
 
-    # DeepSpeed would compile a shared-memory all-reduce, which serves inference only and costs a compiler and a minute.
-    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed would compile a shared-memory all-reduce, which serves inference only and costs a compiler and a minute. It reads
+    # nothing else here; asked for, it would find out about each of its operators by running compilers and looking at GPUs.
+    ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     _import_muon_uncompiled()
     deepspeed.init_distributed("nccl" if use_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
 
