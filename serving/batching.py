@@ -1,4 +1,4 @@
-"""Runs the requests that are waiting together in one batch of the engine."""
+"""The thread that works on a replica's running batch."""
 
 from __future__ import annotations
 
@@ -9,86 +9,75 @@ from collections.abc import Callable
 
 from common import tracing
 from common.errors import LuthierError
-from serving.engines.base import Completion, Engine, Request
+from serving.engines.base import Completion, Done, Engine, Request
 
 logger = logging.getLogger(__name__)
 
-Done = Callable[[Completion | BaseException], None]
 FAILURES_UNTIL_UNHEALTHY = 3
 
 
 class Batcher:
-    """Threads that take what waits, up to `max_rows` at once, and run it to its end.
+    """Lets requests join the engine's running batch as they come, and works on it while there is anything to do."""
 
-    With more than one thread a short request does not have to wait for the end of a long stream.
-    """
-
-    def __init__(self, engine: Engine, max_rows: int = 16, threads: int = 2) -> None:
-        self._engine = engine
-        self._max_rows = max_rows
-        self._waiting: queue.SimpleQueue[tuple[Request, Done] | None] = queue.SimpleQueue()
+    def __init__(self, engine: Engine) -> None:
+        self._lanes = engine.lanes()
+        self._arriving: queue.SimpleQueue[tuple[Request, Done] | None] = queue.SimpleQueue()
         self._failures = 0
-        self._threads = [threading.Thread(target=self._work, name=f"batcher-{n}", daemon=True) for n in range(threads)]
-        for thread in self._threads:
-            thread.start()
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
+        self._thread.start()
 
     @property
     def healthy(self) -> bool:
-        """Whether the threads live and the engine does not fail again and again."""
-        return self._failures < FAILURES_UNTIL_UNHEALTHY and all(thread.is_alive() for thread in self._threads)
+        """Whether the thread lives and the engine does not fail again and again."""
+        return self._failures < FAILURES_UNTIL_UNHEALTHY and self._thread.is_alive()
 
     def submit(self, request: Request, done: Done) -> None:
-        """Queue `request`; `done` gets its completion, or the error, from one of the batcher's threads."""
-        self._waiting.put((request, done))
+        """Let `request` join; `done` gets its completion, or the error, from the batcher's thread."""
+        self._arriving.put((request, done))
 
     def close(self) -> None:
-        """End the threads once what they run is done."""
-        for _ in self._threads:
-            self._waiting.put(None)
+        """End the thread once what it has is done."""
+        self._arriving.put(None)
 
     def _work(self) -> None:
-        while (batch := self._take()) is not None:
-            live = []
-            for request, done in batch:
-                if request.cancel.is_set():  # left while it waited
-                    done(Completion("", "cancelled", 0, 0))
-                else:
-                    live.append((request, done))
-            if live:
-                self._run(live)
+        while True:
+            self._take(wait=not self._lanes.busy and not self._closing)
+            if self._lanes.busy:
+                self._step()
+            elif self._closing:
+                return
 
-    def _take(self) -> list[tuple[Request, Done]] | None:
-        item = self._waiting.get()
-        if item is None:
-            return None
-        batch = [item]
-        while len(batch) < self._max_rows:
+    def _take(self, wait: bool) -> None:
+        while True:
             try:
-                item = self._waiting.get_nowait()
+                item = self._arriving.get(block=wait)
             except queue.Empty:
-                break
+                return
+            wait = False
             if item is None:
-                self._waiting.put(None)  # for the next look
-                break
-            batch.append(item)
-        return batch
+                self._closing = True
+            else:
+                request, done = item
+                self._lanes.join(request, self._traced(request, done))
 
-    def _run(self, batch: list[tuple[Request, Done]]) -> None:
-        spans = [tracing.begin("engine", request.trace_parent, luthier__batch=len(batch)) for request, _ in batch]
+    def _step(self) -> None:
         try:
-            completions = self._engine.run([request for request, _ in batch])
-        except BaseException as error:
-            for span in spans:
-                tracing.failed(span, type(error).__name__)
+            self._lanes.step()
+        except BaseException as error:  # every request has been told
             if not isinstance(error, LuthierError):
                 self._failures += 1
-                logger.exception("the engine failed on a batch of %d", len(batch))
-            for _, done in batch:
-                done(error)
-            return
-        finally:
-            for span in spans:
-                span.end()
-        self._failures = 0
-        for (_, done), completion in zip(batch, completions, strict=True):
-            done(completion)
+                logger.exception("the engine failed")
+
+    def _traced(self, request: Request, done: Done) -> Callable[[Completion | BaseException], None]:
+        span = tracing.begin("engine", request.trace_parent)
+
+        def end(result: Completion | BaseException) -> None:
+            if isinstance(result, BaseException):
+                tracing.failed(span, result.reason if isinstance(result, LuthierError) else type(result).__name__)
+            else:
+                self._failures = 0
+            span.end()
+            done(result)
+
+        return end

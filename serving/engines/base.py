@@ -8,7 +8,8 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from typing import Literal, cast
 
 from common.errors import InvalidArgument, Violation
 
@@ -71,8 +72,29 @@ class Request:
     trace_parent: str = ""
 
 
+Done = Callable[[Completion | BaseException], None]
+"""Gets a request's completion, or the error."""
+
+
+class Lanes(ABC):
+    """Requests that an engine carries out together. One thread works on them."""
+
+    @abstractmethod
+    def join(self, request: Request, done: Done) -> None:
+        """Take a request in; `done` is called once, from `step` or from here."""
+
+    @property
+    @abstractmethod
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Go on by a token where the model allows for that, else by a batch. Where it raises, all requests have got the error."""
+
+
 class Engine(ABC):
-    """One loaded model. Methods may be called from several threads."""
+    """One loaded model. Methods may be called from several threads, but for `run` and those of `lanes`."""
 
     #: SHA-256 of the chat template, empty where the model has none.
     chat_template_sha256: str
@@ -88,8 +110,21 @@ class Engine(ABC):
         """Return the number of tokens of `prompt`; raises InvalidArgument where it leaves no room for an answer."""
 
     @abstractmethod
+    def lanes(self) -> Lanes:
+        """Return a running batch, which is empty."""
+
     def run(self, requests: Sequence[Request]) -> list[Completion]:
-        """Carry out `requests` in batches and return their completions in order."""
+        """Carry out `requests` and return their completions in order. Raises the first error."""
+        found: list[Completion | BaseException | None] = [None] * len(requests)
+        lanes = self.lanes()
+        for number, request in enumerate(requests):
+            lanes.join(request, partial(found.__setitem__, number))
+        while lanes.busy:
+            lanes.step()
+        for each in found:
+            if isinstance(each, BaseException):
+                raise each
+        return cast("list[Completion]", found)
 
     @abstractmethod
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:

@@ -90,7 +90,7 @@ class Row:
     def push(self, token: int, end_tokens: frozenset[int]) -> None:
         """Take the next token and decide whether the row ends."""
         if self.request.cancel.is_set():
-            self.finish_reason = "cancelled"
+            self.cancel()
             return
         self._generated += 1
         if token in end_tokens:
@@ -104,6 +104,10 @@ class Row:
             self._finish("length")
         else:
             self._tell(self._detokenizer.take())
+
+    def cancel(self) -> None:
+        """End before the first token, or between two."""
+        self.finish_reason = "cancelled"
 
     def _finish(self, reason: FinishReason) -> None:
         self._tell(self._detokenizer.take(last=True))

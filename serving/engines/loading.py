@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -26,6 +27,13 @@ def pick_device(device: str) -> torch.device:
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise FailedPrecondition(f"there is no device {device!r} here: {torch.cuda.device_count()} GPUs are visible", "NO_DEVICE")
     return chosen
+
+
+def cache_budget(device: torch.device) -> int:
+    """Return how many bytes keys and values may take: most of what is free on a GPU, a quarter of the memory elsewhere."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * 0.8)
+    return psutil.virtual_memory().available // 4
 
 
 def load_tokenizer(model_dir: Path, base_dir: Path | None) -> Any:

@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig
 
 from common.chat import default_template, template_sha256
 from common.errors import InvalidArgument, Violation
 from serving.engines import loading
-from serving.engines.base import Completion, Engine, Request, Score
+from serving.engines.base import Engine, Lanes, Request, Score
 from serving.engines.choices import Choice, ChoiceScorer
-from serving.engines.decoding import Row, choose
+from serving.engines.decoding import Row
+from serving.engines.lanes import ContinuousLanes, fits
 from serving.engines.prompts import PromptCodec
+from serving.engines.static import StaticLanes
 
 logger = logging.getLogger(__name__)
 
-MAX_ROWS = 32  # rows that are generated together
-PREFILL_TOKENS = 16_384  # padded prompt tokens of one batch
 SCORE_TOKENS = 4_096  # padded tokens of one forward pass when scoring
 SCORE_LOGITS = 2**28  # logits held at a time when scoring: 1 GiB of float32
 
@@ -68,16 +68,15 @@ class TransformersEngine(Engine):
         """Return the number of tokens of `prompt`; raises InvalidArgument where it leaves no room for an answer."""
         return len(self._encode(prompt))
 
-    def run(self, requests: Sequence[Request]) -> list[Completion]:
-        """Carry out `requests` in batches and return their completions in order."""
-        rows = [Row(request, self._encode(request.prompt), self.max_length, self._decode) for request in requests]
-        # Like lengths go together: less padding.
-        pending = sorted(rows, key=lambda row: len(row.ids), reverse=True)
-        while pending:
-            batch = self._next_batch(pending)
-            self._generate(batch)
-            pending = [row for row in pending if row.finish_reason is None]
-        return [row.completion() for row in rows]
+    def lanes(self) -> Lanes:
+        """Return a running batch, which is empty: by the token where the model's attention allows it, else by the batch."""
+        if fits(self._model):
+            budget = loading.cache_budget(self._model.device)
+            return ContinuousLanes(self._model, self._row, self._end_tokens, self._pad, budget)
+        return StaticLanes(self._model, self._row, self._end_tokens, self._pad, self.max_length)
+
+    def _row(self, request: Request) -> Row:
+        return Row(request, self._encode(request.prompt), self.max_length, self._decode)
 
     @torch.inference_mode()
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
@@ -179,50 +178,3 @@ class TransformersEngine(Engine):
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
-
-    def _next_batch(self, pending: Sequence[Row]) -> list[Row]:
-        count = max(1, min(MAX_ROWS, PREFILL_TOKENS // len(pending[0].ids)))
-        return list(pending[:count])
-
-    @torch.inference_mode()
-    def _generate(self, rows: list[Row]) -> None:
-        """Generate until every row ends or the longest fills the context; what has not ended then goes into another batch."""
-        length = max(len(row.ids) for row in rows)
-        tokens = torch.tensor([[self._pad] * (length - len(row.ids)) + row.ids for row in rows])
-        mask = torch.tensor([[0] * (length - len(row.ids)) + [1] * len(row.ids) for row in rows])
-        device = self._model.device
-        config = GenerationConfig(
-            max_new_tokens=self.max_length - length, do_sample=False, pad_token_id=self._pad, use_cache=True
-        )
-        self._model.generate(
-            input_ids=tokens.to(device),
-            attention_mask=mask.to(device),
-            generation_config=config,
-            logits_processor=LogitsProcessorList([_Chooser(rows)]),
-            stopping_criteria=StoppingCriteriaList([_Reader(rows, self._end_tokens)]),
-        )
-
-
-class _Chooser(LogitsProcessor):
-    """Decides the next tokens, so that each row samples by its own parameters."""
-
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self._rows = rows
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        chosen = choose(scores, self._rows)
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
-
-
-class _Reader(StoppingCriteria):
-    """Hands each row its next token and tells which rows are done."""
-
-    def __init__(self, rows: Sequence[Row], end_tokens: frozenset[int]) -> None:
-        self._rows = rows
-        self._end_tokens = end_tokens
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
-            if row.finish_reason is None:
-                row.push(token, self._end_tokens)
-        return torch.tensor([row.finish_reason is not None for row in self._rows], device=input_ids.device)

@@ -1,8 +1,9 @@
-"""The batcher: what waits runs together, who left does not run, and failures are told."""
+"""The batcher: what comes joins the running batch, failures are told, and the thread ends when it is closed."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 
@@ -10,26 +11,53 @@ import pytest
 
 from common.errors import InvalidArgument
 from serving.batching import FAILURES_UNTIL_UNHEALTHY, Batcher
-from serving.engines.base import Completion, Engine, Request, SamplingParams, Score
+from serving.engines.base import Completion, Done, Engine, Lanes, Request, SamplingParams, Score
 
 
-class GatedEngine(Engine):
-    """Runs a batch once it is let go; `a` fails by the caller's fault and `b` by its own."""
+class GatedLanes(Lanes):
+    """A step takes one of each that is in it once it is let go; `a` is refused, `b` breaks the model."""
 
     def __init__(self) -> None:
         self.go = threading.Semaphore(0)
         self.began = threading.Semaphore(0)
-        self.batches: list[list[str]] = []
+        self.steps: list[list[str]] = []
+        self._inside: list[tuple[Request, Done, int]] = []
 
-    def run(self, requests: Sequence[Request]) -> list[Completion]:
-        self.batches.append([request.prompt for request in requests])
+    def join(self, request: Request, done: Done) -> None:
+        if request.prompt == "a":
+            done(InvalidArgument("no"))
+        else:
+            self._inside.append((request, done, len(request.prompt)))
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._inside)
+
+    def step(self) -> None:
+        self.steps.append([request.prompt for request, _, _ in self._inside])
         self.began.release()
         assert self.go.acquire(timeout=10)
-        if requests[0].prompt == "a":
-            raise InvalidArgument("no")
-        if requests[0].prompt == "b":
-            raise RuntimeError("broken")
-        return [Completion(request.prompt.upper(), "stop", 1, 1) for request in requests]
+        inside, self._inside = self._inside, []
+        if any(request.prompt == "b" for request, _, _ in inside):
+            error = RuntimeError("broken")
+            for _, done, _ in inside:
+                done(error)
+            raise error
+        for request, done, left in inside:
+            if left > 1:
+                self._inside.append((request, done, left - 1))
+            else:
+                done(Completion(request.prompt.upper(), "stop", 1, len(request.prompt)))
+
+
+class GatedEngine(Engine):
+    """An engine with one such batch."""
+
+    def __init__(self) -> None:
+        self.inside = GatedLanes()
+
+    def lanes(self) -> Lanes:
+        return self.inside
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         raise NotImplementedError
@@ -45,19 +73,21 @@ class GatedEngine(Engine):
 
 
 @pytest.fixture
-def engine() -> GatedEngine:
-    return GatedEngine()
+def lanes() -> GatedLanes:
+    return GatedLanes()
 
 
 @pytest.fixture
-def batcher(engine: GatedEngine) -> Iterator[Batcher]:
-    batcher = Batcher(engine, max_rows=3, threads=1)
+def batcher(lanes: GatedLanes) -> Iterator[Batcher]:
+    engine = GatedEngine()
+    engine.inside = lanes
+    batcher = Batcher(engine)
     yield batcher
     batcher.close()
 
 
-def submit(batcher: Batcher, prompt: str) -> tuple[Request, Future[Completion]]:
-    request, future = Request(prompt, SamplingParams()), Future[Completion]()
+def submit(batcher: Batcher, prompt: str) -> Future[Completion]:
+    future = Future[Completion]()
 
     def done(result: Completion | BaseException) -> None:
         if isinstance(result, Completion):
@@ -65,41 +95,62 @@ def submit(batcher: Batcher, prompt: str) -> tuple[Request, Future[Completion]]:
         else:
             future.set_exception(result)
 
-    batcher.submit(request, done)
-    return request, future
+    batcher.submit(Request(prompt, SamplingParams()), done)
+    return future
 
 
-def test_what_waits_runs_together_in_order_and_bounded(batcher: Batcher, engine: GatedEngine) -> None:
-    first = submit(batcher, "x")
-    assert engine.began.acquire(timeout=10)
-    waiting = [submit(batcher, prompt) for prompt in "pqrs"]
-    engine.go.release(3)
-    assert [future.result(10).text for _, future in [first, *waiting]] == ["X", "P", "Q", "R", "S"]
-    assert engine.batches == [["x"], ["p", "q", "r"], ["s"]]
+def test_what_comes_joins_what_runs_and_leaves_before_it(batcher: Batcher, lanes: GatedLanes) -> None:
+    long = submit(batcher, "xxxx")
+    assert lanes.began.acquire(timeout=10)
+    short = submit(batcher, "p")
+    lanes.go.release(2)
+    assert short.result(10).text == "P"
+    assert not long.done()
+    lanes.go.release(2)
+    assert long.result(10).text == "XXXX"
+    assert lanes.steps == [["xxxx"], ["xxxx", "p"], ["xxxx"], ["xxxx"]]
 
 
-def test_who_left_while_waiting_does_not_run(batcher: Batcher, engine: GatedEngine) -> None:
-    submit(batcher, "x")
-    assert engine.began.acquire(timeout=10)
-    request, left = submit(batcher, "p")
-    _, stayed = submit(batcher, "q")
-    request.cancel.set()
-    engine.go.release(2)
-    assert left.result(10).finish_reason == "cancelled"
-    assert stayed.result(10).text == "Q"
-    assert engine.batches == [["x"], ["q"]]
+def test_one_that_is_refused_does_not_disturb_the_others(batcher: Batcher, lanes: GatedLanes) -> None:
+    fine = submit(batcher, "xx")
+    assert lanes.began.acquire(timeout=10)
+    refused = submit(batcher, "a")
+    lanes.go.release(2)
+    with pytest.raises(InvalidArgument):
+        refused.result(10)
+    assert fine.result(10).text == "XX"
 
 
-def test_only_the_engines_own_failures_make_it_unhealthy(batcher: Batcher, engine: GatedEngine) -> None:
-    engine.go.release(100)
+def test_only_the_engines_own_failures_make_it_unhealthy(batcher: Batcher, lanes: GatedLanes) -> None:
+    lanes.go.release(100)
     for _ in range(FAILURES_UNTIL_UNHEALTHY + 1):
         with pytest.raises(InvalidArgument):
-            submit(batcher, "a")[1].result(10)
+            submit(batcher, "a").result(10)
     assert batcher.healthy
     for _ in range(FAILURES_UNTIL_UNHEALTHY):
-        assert batcher.healthy
         with pytest.raises(RuntimeError, match="broken"):
-            submit(batcher, "b")[1].result(10)
-    assert not batcher.healthy
-    assert submit(batcher, "fine")[1].result(10).text == "FINE"
+            submit(batcher, "b").result(10)
+    assert submit(batcher, "fine").result(10).text == "FINE"
     assert batcher.healthy
+
+
+def test_it_is_unhealthy_after_failures_in_a_row(batcher: Batcher, lanes: GatedLanes) -> None:
+    lanes.go.release(100)
+    for _ in range(FAILURES_UNTIL_UNHEALTHY):
+        with pytest.raises(RuntimeError, match="broken"):
+            submit(batcher, "b").result(10)
+    # The last one is counted right after it was told.
+    deadline = time.monotonic() + 10
+    while batcher.healthy:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_closed_it_ends_what_it_has_and_then_itself(batcher: Batcher, lanes: GatedLanes) -> None:
+    last = submit(batcher, "xx")
+    batcher.close()
+    lanes.go.release(10)
+    assert last.result(10).text == "XX"
+    batcher._thread.join(10)
+    assert not batcher._thread.is_alive()
+    assert not batcher.healthy

@@ -12,7 +12,7 @@ import pytest
 from common import tracing
 from common.errors import InvalidArgument, Unavailable
 from serving.batching import Batcher
-from serving.engines.base import Completion, Request
+from serving.engines.base import Completion, Done, Lanes, Request
 from serving.gateway.http import GatewayState, create_app
 from serving.gateway.snapshot import Snapshot
 from serving.replica import ModelReplica
@@ -38,13 +38,35 @@ class Engine:
             raise InvalidArgument("the prompt is too long", "PROMPT_TOO_LONG")
         return 1
 
-    def run(self, requests: Sequence[Request]) -> list[Completion]:
-        if self.error is not None:
-            raise self.error
-        for request in requests:
+    def lanes(self) -> AtOnce:
+        return AtOnce(self)
+
+
+class AtOnce(Lanes):
+    """Answers in one step all that has joined."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._waiting: list[tuple[Request, Done]] = []
+
+    def join(self, request: Request, done: Done) -> None:
+        self._waiting.append((request, done))
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting)
+
+    def step(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for request, done in waiting:
+            if self._engine.error is not None:
+                done(self._engine.error)
+                continue
             if request.on_text:
                 request.on_text(request.prompt[-1])
-        return [Completion(request.prompt[-1], "stop", 1, 5) for request in requests]
+            done(Completion(request.prompt[-1], "stop", 1, 5))
+        if self._engine.error is not None:
+            raise self._engine.error
 
 
 class Backend:
@@ -100,7 +122,7 @@ async def test_gateway_replica_and_engine_are_one_below_the_other(collector: Col
     gateway, replica, engine = (spans[name] for name in ("POST /v1/chat/completions", "replica", "engine"))
     assert (gateway.parent_id, replica.parent_id, engine.parent_id) == ("b7ad6b7169203331", gateway.span_id, replica.span_id)
     assert gateway.attributes == {"luthier.project": "acme", "luthier.endpoint": "tickets", "luthier.app": "m-1"}
-    assert (replica.attributes, engine.attributes) == ({"luthier.tokens": 5}, {"luthier.batch": 1})
+    assert (replica.attributes, engine.attributes) == ({"luthier.tokens": 5}, {})
     assert replica.seconds >= engine.seconds
     assert {span.failed for span in spans.values()} == {""}
 
