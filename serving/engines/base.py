@@ -9,9 +9,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Literal, cast
 
-from common.errors import InvalidArgument, Violation
+from common.errors import FailedPrecondition, InvalidArgument, Violation
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -70,6 +71,8 @@ class Request:
     cancel: threading.Event = field(default_factory=threading.Event)
     # W3C traceparent of whoever asks; empty where nobody traces.
     trace_parent: str = ""
+    # Adapter to answer with, of those that were added to the running batch; empty for the model as it was loaded.
+    adapter: str = ""
 
 
 Done = Callable[[Completion | BaseException], None]
@@ -87,6 +90,18 @@ class Lanes(ABC):
     @abstractmethod
     def busy(self) -> bool:
         """Whether there is anything to do."""
+
+    def add_adapter(self, name: str, folder: Path, pinned: bool = False) -> Callable[[], None]:
+        """Read an adapter of the model, in any thread, and return what makes it ready, for the thread that works on the batch.
+
+        Raises InvalidArgument where it does not apply in full, FailedPrecondition where the model takes none. What is returned
+        raises ResourceExhausted where there is no room.
+        """
+        raise FailedPrecondition("this model takes no adapters beside itself", "NO_ADAPTERS")
+
+    def has_adapter(self, name: str) -> bool:
+        """Whether an adapter is ready for use."""
+        return False
 
     @abstractmethod
     def step(self) -> None:

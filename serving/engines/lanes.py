@@ -10,10 +10,13 @@ import inspect
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from common.errors import Unavailable
+from serving.engines.adapters import AdapterBank
 from serving.engines.base import Done, Lanes, Request
 from serving.engines.decoding import Row, choose
 from serving.engines.slots import SlotCache
@@ -31,7 +34,11 @@ class Lane:
         self.row = row
         self.done = done
         self.computed = 0  # tokens whose keys and values are in its slot
-        self.adapter = 0
+
+    @property
+    def adapter(self) -> str:
+        """Adapter that it is computed with; empty for none."""
+        return self.row.request.adapter
 
     @property
     def left(self) -> int:
@@ -77,6 +84,7 @@ class ContinuousLanes(Lanes):
         self._max_rows = max_rows
         self._additive = model.config._attn_implementation == "eager"
         self._chunk = CHUNK_TOKENS.get(model.device.type, CHUNK_TOKENS["cuda"])
+        self._adapters = AdapterBank(model, budget_bytes // 4)
         self._cache = SlotCache()
         self._queue: deque[Lane] = deque()
         # Slots are taken in this order: those that are answered, then those whose prompts are being computed.
@@ -86,11 +94,23 @@ class ContinuousLanes(Lanes):
     def join(self, request: Request, done: Done) -> None:
         """Take a request in; `done` gets its completion, or the error."""
         try:
+            if request.adapter and not self.has_adapter(request.adapter):
+                raise Unavailable(f"the adapter {request.adapter} is not loaded", "ADAPTER_NOT_LOADED")
             lane = Lane(self._start(request), done)
         except Exception as error:
             done(error)
             return
+        self._adapters.hold(lane.adapter)
         self._queue.append(lane)
+
+    def add_adapter(self, name: str, folder: Path, pinned: bool = False) -> Callable[[], None]:
+        """Read an adapter, in any thread, and return what makes it ready, for the thread that works on the batch."""
+        adapter = self._adapters.load(folder)
+        return lambda: self._adapters.add(name, adapter, pinned)
+
+    def has_adapter(self, name: str) -> bool:
+        """Whether an adapter is ready for use."""
+        return name in self._adapters.names
 
     @property
     def busy(self) -> bool:
@@ -117,6 +137,7 @@ class ContinuousLanes(Lanes):
         self._queue.clear()
         self._cache.clear()
         for lane in lanes:
+            self._adapters.release(lane.adapter)
             lane.done(error)
 
     def _drop_cancelled(self) -> None:
@@ -125,7 +146,7 @@ class ContinuousLanes(Lanes):
             for lane in [lane for lane in lanes if lane.row.request.cancel.is_set()]:
                 lanes.remove(lane)
                 lane.row.cancel()
-                lane.done(lane.row.completion())
+                self._end(lane)
 
     def _admit(self) -> None:
         """Let waiting sequences in, in order of arrival, as far as there are slots and memory."""
@@ -206,6 +227,7 @@ class ContinuousLanes(Lanes):
         width = max(lane.computed for lane in lanes)
         where = torch.tensor(positions, device=device)
         self._cache.aim(first, torch.tensor(places, device=device), width)
+        self._adapters.aim([lane.adapter for lane in lanes], device)
         seen = torch.arange(width, device=device) <= where[:, None, :, None]
         mask = torch.where(seen, 0.0, torch.finfo(self._model.dtype).min).to(self._model.dtype) if self._additive else seen
         output = self._model(
@@ -216,6 +238,7 @@ class ContinuousLanes(Lanes):
             use_cache=True,
             logits_to_keep=1,
         )
+        self._adapters.aim([], device)
         return output.logits[:, -1]  # type: ignore[no-any-return]
 
     def _choose(self, logits: torch.Tensor, lanes: Sequence[Lane]) -> None:
@@ -225,7 +248,11 @@ class ContinuousLanes(Lanes):
             row.push(token, self._end_tokens)
         for lane in [lane for lane in lanes if lane.row.finish_reason is not None]:
             self._leave(lane)
-            lane.done(lane.row.completion())
+            self._end(lane)
+
+    def _end(self, lane: Lane) -> None:
+        self._adapters.release(lane.adapter)
+        lane.done(lane.row.completion())
 
     def _leave(self, lane: Lane) -> None:
         """Free a slot: the last of the answered takes its place, and the prompt that is being computed moves up."""
