@@ -31,7 +31,7 @@ class Gateway:
         """Take a new snapshot whole."""
         snapshot = Snapshot.of(user_config)
         self._backend.keep(snapshot.apps())
-        self._state.snapshot = snapshot
+        self._state.take(snapshot)
 
 
 # The coordinator's rendered configuration overrides these options; they are what a bare `serve run` gets.

@@ -6,6 +6,8 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
 
 from common import tracing
 from common.errors import LuthierError
@@ -21,7 +23,7 @@ class Batcher:
 
     def __init__(self, engine: Engine) -> None:
         self._lanes = engine.lanes()
-        self._arriving: queue.SimpleQueue[tuple[Request, Done] | None] = queue.SimpleQueue()
+        self._arriving: queue.SimpleQueue[tuple[Request, Done] | Callable[[], None] | None] = queue.SimpleQueue()
         self._failures = 0
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
@@ -35,6 +37,24 @@ class Batcher:
     def submit(self, request: Request, done: Done) -> None:
         """Let `request` join; `done` gets its completion, or the error, from the batcher's thread."""
         self._arriving.put((request, done))
+
+    def has_adapter(self, name: str) -> bool:
+        """Whether an adapter is ready for use; it may be let go at any time."""
+        return self._lanes.has_adapter(name)
+
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Read an adapter and make it ready for use; blocks. Raises what `Lanes.add_adapter` and what it returns raise."""
+        make_ready = self._lanes.add_adapter(name, folder)
+        added: Future[None] = Future()
+
+        def add() -> None:
+            try:
+                added.set_result(make_ready())
+            except BaseException as error:
+                added.set_exception(error)
+
+        self._arriving.put(add)
+        added.result()
 
     def close(self) -> None:
         """End the thread once what it has is done."""
@@ -57,6 +77,8 @@ class Batcher:
             wait = False
             if item is None:
                 self._closing = True
+            elif callable(item):
+                item()
             else:
                 request, done = item
                 self._lanes.join(request, self._traced(request, done))
@@ -69,7 +91,7 @@ class Batcher:
                 self._failures += 1
                 logger.exception("the engine failed")
 
-    def _traced(self, request: Request, done: Done) -> Callable[[Completion | BaseException], None]:
+    def _traced(self, request: Request, done: Done) -> Done:
         span = tracing.begin("engine", request.trace_parent)
 
         def end(result: Completion | BaseException) -> None:

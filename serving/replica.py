@@ -14,7 +14,7 @@ from common.chat import check_template
 from common.errors import Internal, InvalidArgument, LuthierError, Unavailable
 from serving.batching import Batcher
 from serving.engines import Completion, Engine, Request, load_engine
-from serving.wire import Ask, Event, ModelArgs, Started
+from serving.wire import AdapterRef, Ask, Event, ModelArgs, Started
 
 
 class ModelReplica:
@@ -34,11 +34,21 @@ class ModelReplica:
         self._engine: Engine = load_engine(model_dir, base_dir, args.device)
         check_template(args.chat_template_sha256, self._engine.chat_template_sha256)
         self._batcher = Batcher(self._engine)
+        self._loading: dict[str, asyncio.Lock] = {}
 
     def check_health(self) -> None:
         """Tell Serve whether to replace this replica."""
         if not self._batcher.healthy:
             raise RuntimeError("the engine fails again and again, or its thread is gone")
+
+    async def prepare(self, adapter: AdapterRef) -> None:
+        """Fetch an adapter and make it ready for use. Raises what is wrong with it: never is the model served in its place."""
+        async with self._loading.setdefault(adapter.name, asyncio.Lock()):
+            if not self._batcher.has_adapter(adapter.name):
+                check_template(adapter.chat_template_sha256, self._engine.chat_template_sha256)
+                folder = await asyncio.to_thread(manifest.fetch, adapter.uri, adapter.sha256)
+                await asyncio.to_thread(self._batcher.add_adapter, adapter.name, folder)
+        self._loading.pop(adapter.name, None)
 
     async def complete(self, ask: Ask) -> list[Completion]:
         """Answer in one piece. Cancelling the call ends the generation."""
@@ -48,7 +58,7 @@ class ModelReplica:
             return completions
 
     async def _complete(self, ask: Ask, trace_parent: str) -> list[Completion]:
-        requests = await asyncio.to_thread(self._requests, ask, trace_parent)
+        requests = await self._prepared(ask, trace_parent)
         loop = asyncio.get_running_loop()
         answers: list[asyncio.Future[Completion]] = []
         try:
@@ -77,7 +87,7 @@ class ModelReplica:
             span.end()
 
     async def _stream(self, ask: Ask, trace_parent: str) -> AsyncGenerator[Event]:
-        ((request, prompt_tokens),) = await asyncio.to_thread(self._requests, ask, trace_parent)
+        ((request, prompt_tokens),) = await self._prepared(ask, trace_parent)
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[str | Completion | BaseException] = asyncio.Queue()
 
@@ -99,12 +109,21 @@ class ModelReplica:
         finally:
             request.cancel.set()
 
+    async def _prepared(self, ask: Ask, trace_parent: str) -> list[tuple[Request, int]]:
+        if ask.adapter is not None:
+            await self.prepare(ask.adapter)
+        return await asyncio.to_thread(self._requests, ask, trace_parent)
+
     def _requests(self, ask: Ask, trace_parent: str) -> list[tuple[Request, int]]:
         """Render and check, so that what is wrong with a request is said before it waits in a batch."""
         prompts = [self._engine.render(ask.messages)] if ask.messages else list(ask.prompts)
         if not prompts:
             raise InvalidArgument("there is nothing to complete")
-        return [(Request(prompt, ask.params, trace_parent=trace_parent), self._engine.check(prompt)) for prompt in prompts]
+        adapter = ask.adapter.name if ask.adapter is not None else ""
+        return [
+            (Request(prompt, ask.params, trace_parent=trace_parent, adapter=adapter), self._engine.check(prompt))
+            for prompt in prompts
+        ]
 
     def __del__(self) -> None:
         batcher = getattr(self, "_batcher", None)

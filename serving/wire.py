@@ -9,6 +9,20 @@ from serving.engines.base import Completion, SamplingParams
 
 
 @dataclass(frozen=True)
+class AdapterRef:
+    """A LoRA adapter on the model of a replica: where it is, by the SHA-256 of its manifest, so that it is one content for ever."""
+
+    uri: str
+    sha256: str
+    chat_template_sha256: str = ""  # as on record; has to be the model's own
+
+    @property
+    def name(self) -> str:
+        """What it is called in a running batch."""
+        return self.sha256 or self.uri
+
+
+@dataclass(frozen=True)
 class Ask:
     """Either a conversation (`messages`, one answer) or raw `prompts` (an answer each), and how to generate."""
 
@@ -17,6 +31,8 @@ class Ask:
     prompts: tuple[str, ...] = ()
     # W3C traceparent of the request; empty where nobody traces.
     trace_parent: str = ""
+    # What to answer with beside the model; None for the model alone.
+    adapter: AdapterRef | None = None
 
 
 @dataclass(frozen=True)

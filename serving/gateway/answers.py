@@ -39,6 +39,11 @@ class Answer:
     KIND = ""
     CHUNK_KIND = ""
 
+    @property
+    def whole_id(self) -> str:
+        """The id that the client is told."""
+        return f"{self.PREFIX}-{self.id}"
+
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """Return the answer in one piece."""
         choices = [self._choice(index, completion) for index, completion in enumerate(completions)]
@@ -61,7 +66,7 @@ class Answer:
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {
-            "id": f"{self.PREFIX}-{self.id}",
+            "id": self.whole_id,
             "object": kind,
             "created": self.created,
             "model": self.model,

@@ -13,7 +13,7 @@ from ray.serve.handle import DeploymentHandle
 
 from common.errors import LuthierError, ResourceExhausted, Unavailable
 from serving.engines.base import Completion
-from serving.wire import Ask, Event
+from serving.wire import AdapterRef, Ask, Event
 
 
 class ServeBackend:
@@ -26,6 +26,15 @@ class ServeBackend:
         """Forget the handles of applications that are gone."""
         wanted = frozenset(apps)
         self._handles = {app: handle for app, handle in self._handles.items() if app in wanted}
+
+    async def prepare(self, app: str, adapter: AdapterRef) -> None:
+        """Have a replica of the application try an adapter. Raises what is wrong with it."""
+        handle = await self._handle(app)
+        response: Any = handle.prepare.remote(adapter)
+        try:
+            await response
+        except Exception as error:
+            raise _translated(error) from error
 
     async def complete(self, app: str, ask: Ask) -> list[Completion]:
         """Return the completions of `ask` by the application `app`."""

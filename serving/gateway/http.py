@@ -16,19 +16,28 @@ from starlette.exceptions import HTTPException
 from serving.engines.base import Completion
 from serving.gateway.answers import Answer, ChatAnswer, TextAnswer, sse
 from serving.gateway.asked import Asked
-from serving.gateway.auth import authenticate
+from serving.gateway.auth import authenticate, only_coordinator
 from serving.gateway.errors import ApiError, from_exception, overloaded
-from serving.gateway.openai_types import ChatRequest, CompletionRequest, parse
-from serving.gateway.routing import find_endpoint, pick_route
+from serving.gateway.openai_types import ChatRequest, CompletionRequest, parse, parse_feedback
+from serving.gateway.readiness import Readiness
+from serving.gateway.routing import find_endpoint, pick_route, shadows
 from serving.gateway.shell import Shell
-from serving.gateway.snapshot import Endpoint, Key, Snapshot
-from serving.wire import Ask, Event, GatewayArgs, Started
+from serving.gateway.snapshot import Endpoint, Key, Route, Snapshot
+from serving.gateway.traffic import Traffic
+from serving.wire import AdapterRef, Ask, Event, GatewayArgs, Started
 
 Result = TypeVar("Result")
+
+MAX_COPIES = 16
+"""Requests that shadows have at a time."""
 
 
 class Backend(Protocol):
     """Where the gateway sends what it is asked. Errors are LuthierErrors."""
+
+    async def prepare(self, app: str, adapter: AdapterRef) -> None:
+        """Have the application try an adapter; raises what is wrong with it."""
+        ...
 
     async def complete(self, app: str, ask: Ask) -> list[Completion]:
         """Return the completions of `ask` by the application `app`."""
@@ -47,7 +56,34 @@ class GatewayState:
         self.backend = backend
         self.snapshot = Snapshot()
         self.random = random.Random(seed)
+        self.traffic = Traffic()
+        self.readiness = Readiness(backend.prepare)
         self._in_flight = 0
+        self._copies: set[asyncio.Task[None]] = set()
+
+    def take(self, snapshot: Snapshot) -> None:
+        """Go by another snapshot from now on."""
+        self.snapshot = snapshot
+        self.traffic.keep(snapshot.names())
+
+    def copy(self, endpoint: Endpoint, ask: Ask) -> None:
+        """Ask the endpoint's shadows too, for their counts alone. Nobody waits for them, and beyond so many they are not asked."""
+        for route in shadows(endpoint):
+            if len(self._copies) >= MAX_COPIES:
+                return
+            task = asyncio.create_task(self._shadow(endpoint.name(route), route, ask))
+            self._copies.add(task)
+            task.add_done_callback(self._copies.discard)
+
+    async def _shadow(self, name: str, route: Route, ask: Ask) -> None:
+        measure = self.traffic.begin(name, route.app)
+        try:
+            async with asyncio.timeout(self.args.request_timeout_s):
+                completions = await self.backend.complete(route.app, replace(ask, adapter=route.adapter, trace_parent=""))
+        except Exception:
+            measure.failed()
+        else:
+            measure.answered(sum(each.completion_tokens for each in completions))
 
     def enter(self) -> Callable[[], None]:
         """Count a request in, or refuse it; returns what counts it out, once."""
@@ -90,6 +126,20 @@ def create_app(state: GatewayState) -> FastAPI:
     async def get_model(model: str, request: Request) -> dict[str, Any]:
         return _model(find_endpoint(model, caller(request), state.snapshot, query=False))
 
+    @app.get("/-/report")
+    async def report(request: Request) -> dict[str, Any]:
+        only_coordinator(request.headers, state.snapshot)
+        adapters = state.readiness.look(state.snapshot.adapters())
+        return {"version": state.snapshot.version, "adapters": adapters, **state.traffic.told()}
+
+    @app.post("/v1/feedback")
+    async def feedback(request: Request) -> dict[str, Any]:
+        key = caller(request)
+        given = parse_feedback(await request.body())
+        if not state.traffic.rate(key.project, given.id, given.score):
+            raise ApiError(404, f"No recent answer has the id `{given.id[:100]}`.", "answer_not_found", "id")
+        return {"object": "feedback", "id": given.id, "score": given.score}
+
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         key = caller(request)
@@ -131,21 +181,27 @@ async def _answer(
     state: GatewayState, request: Request, key: Key, parsed: ChatRequest | CompletionRequest, shape: type[Answer]
 ) -> Response:
     ask = parsed.ask()
-    route = pick_route(find_endpoint(parsed.model, key, state.snapshot), state.random)
-    answer = shape(parsed.model, f"fp_{route.app}", parsed.include_usage)
-    asked = Asked(request, key.project, parsed.model, route.app)
-    ask = replace(ask, trace_parent=asked.traceparent)
+    endpoint = find_endpoint(parsed.model, key, state.snapshot)
+    route = pick_route(endpoint, state.random, parsed.sticky, request.headers)
+    version = f"-{route.adapter.name[:12]}" if route.adapter is not None else ""
+    answer = shape(parsed.model, f"fp_{route.app}{version}", parsed.include_usage)
+    name = endpoint.name(route)
+    asked = Asked(request, key.project, endpoint.endpoint, route.app, state.traffic.begin(name, route.app))
+    ask = replace(ask, trace_parent=asked.traceparent, adapter=route.adapter)
     try:
         leave = asked.until(state.enter())
     except ApiError as error:
-        asked.failed(error)
-        raise
+        asked.dropped()
+        raise error
+    state.traffic.remember(key.project, name, request.state.request_id, answer.whole_id)
+    state.copy(endpoint, ask)
     try:
         if parsed.stream:
             return await _stream(state, request, route.app, ask, answer, leave, asked)
         with _time_limit():
             async with asyncio.timeout(state.args.request_timeout_s):
                 completions = await _while_connected(request, state.backend.complete(route.app, ask))
+        asked.answered(sum(completion.completion_tokens for completion in completions))
         return JSONResponse(answer.whole(completions))
     except BaseException as error:
         asked.failed(error)
@@ -171,7 +227,7 @@ async def _stream(
         leave()
         await _close(events)
         raise
-    body = _events(events, answer, request.state.request_id, state.args.request_timeout_s, leave, asked.failed)
+    body = _events(events, answer, request.state.request_id, state.args.request_timeout_s, leave, asked)
     return _Stream(body, leave, events)
 
 
@@ -197,7 +253,7 @@ async def _events(
     request_id: str,
     idle_s: float,
     leave: Callable[[], None],
-    failed: Callable[[BaseException], None],
+    asked: Asked,
 ) -> AsyncIterator[bytes]:
     """Yield the stream. Only one that came to its end has [DONE]; one that broke ends with an error event."""
     try:
@@ -210,12 +266,13 @@ async def _events(
                 break
             if isinstance(event, str):
                 yield sse(answer.text(event))
+        asked.answered(event.completion_tokens)
         for chunk in answer.closing(event):
             yield sse(chunk)
         yield sse("[DONE]")
     except Exception as error:
         broken = RuntimeError("the stream ended without its completion") if isinstance(error, StopAsyncIteration) else error
-        failed(broken)
+        asked.failed(broken)
         yield sse(from_exception(broken, request_id).body())
     finally:
         leave()

@@ -72,6 +72,13 @@ class _Common(BaseModel):
     seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
 
     @property
+    def sticky(self) -> str:
+        """Who asks, for routes that are to stay the same for one user; empty where the request does not say."""
+        extra = self.model_extra or {}
+        named = next((extra[name] for name in ("user", "safety_identifier") if extra.get(name)), "")
+        return named if isinstance(named, str) else ""
+
+    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with the token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
@@ -147,6 +154,24 @@ class CompletionRequest(_Common):
 
 
 Parsed = TypeVar("Parsed", ChatRequest, CompletionRequest)
+
+
+class Feedback(BaseModel):
+    """POST /v1/feedback: how good an answer was, by the `id` in it or by its x-request-id."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: Annotated[StrictStr, Field(min_length=1, max_length=200)]
+    score: Annotated[Number, Field(ge=0, le=1)]
+    comment: Annotated[StrictStr, Field(max_length=4000)] | None = None
+
+
+def parse_feedback(body: bytes) -> Feedback:
+    """Read feedback, or raise a 400 that names the parameter."""
+    try:
+        return Feedback.model_validate_json(body)
+    except ValidationError as error:
+        raise _told(error) from error
 
 
 def parse(kind: type[Parsed], body: bytes) -> Parsed:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common import scopes
+from serving.gateway.traffic import Traffic
+from serving.wire import AdapterRef
 
 ROLES = frozenset({"query", "viewer", "editor", "admin", "operator"})
 
@@ -37,6 +39,9 @@ class Route:
     app: str
     weight: int = 1
     model_version: str = ""
+    adapter: AdapterRef | None = None  # where the application's model answers with one
+    shadow: bool = False  # gets a copy of what the others are asked; its answers are thrown away
+    headers: Mapping[str, str] = field(default_factory=dict)  # who sends all of them gets this route and no other
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,11 @@ class Endpoint:
     endpoint: str
     create_time: int = 0
     routes: tuple[Route, ...] = ()
+    aliases: Mapping[str, frozenset[str]] = field(default_factory=dict)  # versions that an alias stands for, of its models
+
+    def name(self, route: Route) -> str:
+        """What the counts of one of its routes are found by."""
+        return Traffic.name(self.project, self.endpoint, route.model_version)
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,9 @@ class Snapshot:
     keys: Mapping[str, Key] = field(default_factory=dict)  # by SHA-256 of the token, in hex
     endpoints: Mapping[tuple[str, str], Endpoint] = field(default_factory=dict)  # by project and endpoint id
     allowed_hosts: frozenset[str] = frozenset()  # empty: any
+    version: str = ""  # the coordinator's own word for it
+    coordinator: str = ""  # SHA-256 of the token that the coordinator asks with; empty: nobody may
+    candidates: frozenset[tuple[str, AdapterRef]] = frozenset()  # adapters that are to be tried before traffic is led to them
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Snapshot:
@@ -66,18 +79,39 @@ class Snapshot:
         }
         endpoints = {}
         for entry in config.get("endpoints", ()):
-            routes = tuple(
-                Route(route["app"], int(route.get("weight", 1)), route.get("model_version", "")) for route in entry["routes"]
-            )
+            routes = tuple(_route(route) for route in entry["routes"])
             if any(route.weight < 0 for route in routes):
                 raise ValueError(f"endpoint {entry['endpoint']} has a negative weight")
-            endpoint = Endpoint(entry["project"], entry["endpoint"], int(entry.get("create_time", 0)), routes)
+            aliases = {alias: frozenset(versions) for alias, versions in entry.get("aliases", {}).items()}
+            endpoint = Endpoint(entry["project"], entry["endpoint"], int(entry.get("create_time", 0)), routes, aliases)
             endpoints[endpoint.project, endpoint.endpoint] = endpoint
-        return cls(keys, endpoints, frozenset(host.lower() for host in config.get("allowed_hosts", ())))
+        candidates = frozenset((each["app"], AdapterRef(**each["adapter"])) for each in config.get("candidates", ()))
+        hosts = frozenset(host.lower() for host in config.get("allowed_hosts", ()))
+        return cls(keys, endpoints, hosts, config.get("version", ""), config.get("coordinator", ""), candidates)
 
     def apps(self) -> frozenset[str]:
         """Return the applications that some route leads to."""
-        return frozenset(route.app for endpoint in self.endpoints.values() for route in endpoint.routes)
+        led_to = {route.app for endpoint in self.endpoints.values() for route in endpoint.routes}
+        return frozenset(led_to | {app for app, _ in self.candidates})
+
+    def adapters(self) -> frozenset[tuple[str, AdapterRef]]:
+        """Return the applications with the adapters that they answer with, or are to be tried with."""
+        led_to = {
+            (route.app, route.adapter) for endpoint in self.endpoints.values() for route in endpoint.routes if route.adapter
+        }
+        return self.candidates | led_to
+
+    def names(self) -> frozenset[str]:
+        """Return what the counts of all routes are found by."""
+        return frozenset(endpoint.name(route) for endpoint in self.endpoints.values() for route in endpoint.routes)
+
+
+def _route(entry: Mapping[str, Any]) -> Route:
+    adapter = AdapterRef(**entry["adapter"]) if entry.get("adapter") else None
+    headers = {name.lower(): value for name, value in (entry.get("headers") or {}).items()}
+    return Route(
+        entry["app"], int(entry.get("weight", 1)), entry.get("model_version", ""), adapter, bool(entry.get("shadow")), headers
+    )
 
 
 def _role(value: str) -> str:

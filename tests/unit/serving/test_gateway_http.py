@@ -17,7 +17,7 @@ from luthier.v1.admin_pb2 import Role
 from serving.engines.base import Completion
 from serving.gateway.http import GatewayState, create_app
 from serving.gateway.snapshot import Snapshot
-from serving.wire import Ask, Event, GatewayArgs, Started
+from serving.wire import AdapterRef, Ask, Event, GatewayArgs, Started
 
 
 def digest(token: str) -> str:
@@ -54,6 +54,13 @@ class FakeBackend:
         self.wait = asyncio.Event()
         self.wait.set()
         self.cancelled = 0
+        self.prepared: list[tuple[str, AdapterRef]] = []
+        self.unfit: dict[str, BaseException] = {}
+
+    async def prepare(self, app: str, adapter: AdapterRef) -> None:
+        self.prepared.append((app, adapter))
+        if adapter.name in self.unfit:
+            raise self.unfit[adapter.name]
 
     async def complete(self, app: str, ask: Ask) -> list[Completion]:
         self.asks.append((app, ask))

@@ -16,7 +16,7 @@ from serving.engines.base import Completion, Done, Lanes, Request
 from serving.gateway.http import GatewayState, create_app
 from serving.gateway.snapshot import Snapshot
 from serving.replica import ModelReplica
-from serving.wire import Ask, Event, GatewayArgs
+from serving.wire import AdapterRef, Ask, Event, GatewayArgs
 from tests.support.otlp import Collector, Told, collecting
 from tests.unit.serving.test_gateway_http import CONFIG, chat
 
@@ -77,6 +77,9 @@ class Backend:
         self.replica = ModelReplica.__new__(ModelReplica)
         self.replica._engine = self.engine  # type: ignore[assignment]
         self.replica._batcher = Batcher(self.engine)  # type: ignore[arg-type]
+
+    async def prepare(self, app: str, adapter: AdapterRef) -> None:
+        await self.replica.prepare(adapter)
 
     async def complete(self, app: str, ask: Ask) -> list[Completion]:
         return await self.replica.complete(ask)
