@@ -131,5 +131,6 @@ def _inputs(field: str) -> list[Any]:
 
 
 def _served(endpoint: Endpoint, field: str) -> set[str]:
-    artifacts = endpoint.desired.get("artifacts", {}).values()
+    documents = (endpoint.desired, endpoint.serving)
+    artifacts = [artifact for document in documents for artifact in document.get("artifacts", {}).values()]
     return {each.get(field, "") for artifact in artifacts for each in (artifact, artifact.get("base", {}))}

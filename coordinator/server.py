@@ -148,7 +148,7 @@ async def _run(
     leadership = Leadership(store, settings.advertise or address)
     mark = await store.read(restored)
     reconciler = Reconciler(store, launcher, notifier, leadership, restored=bool(mark))
-    deployer = Deployer(store, cluster, notifier, leadership, settings.gateway_host, settings.gateway_port, traces)
+    deployer = Deployer(store, cluster, notifier, leadership, settings.gateway_host, settings.gateway_port, secret, traces)
     staging = Staging(settings.home / "uploads", settings.max_upload_bytes)
     status = static_status(address, store.kind, deployer.url, settings.ray_address, metrics_address)
     _watch(leadership, reconciler)

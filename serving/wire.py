@@ -10,7 +10,7 @@ from serving.engines.base import Completion, SamplingParams
 
 @dataclass(frozen=True)
 class AdapterRef:
-    """A LoRA adapter on the model of a replica: where it is, by the SHA-256 of its manifest, so that it is one content for ever."""
+    """A LoRA adapter on the model of a replica. With the SHA-256 of its manifest it is one content for ever."""
 
     uri: str
     sha256: str

@@ -72,12 +72,29 @@ class KeyEntry:
 
 
 @dataclass(frozen=True)
+class AdapterEntry:
+    """A LoRA adapter on the model of an application, as serving/wire.py has it."""
+
+    uri: str
+    sha256: str  # of its manifest
+    chat_template_sha256: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the gateway's report calls it."""
+        return self.sha256 or self.uri
+
+
+@dataclass(frozen=True)
 class RouteEntry:
     """An application and its part of the traffic."""
 
     app: str
     weight: int = 1
     model_version: str = ""
+    adapter: AdapterEntry | None = None
+    shadow: bool = False
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,6 +105,7 @@ class EndpointEntry:
     endpoint: str
     create_time: int = 0  # seconds since 1970
     routes: tuple[RouteEntry, ...] = ()
+    aliases: Mapping[str, Sequence[str]] = field(default_factory=dict)  # versions that aliases of its models stand for
 
 
 @dataclass(frozen=True)
@@ -97,9 +115,11 @@ class Snapshot:
     keys: Sequence[KeyEntry] = ()
     endpoints: Sequence[EndpointEntry] = ()
     allowed_hosts: Sequence[str] = LOOPBACK_HOSTS  # names in the Host header; empty accepts any
+    coordinator: str = ""  # SHA-256 of the token that the coordinator asks the gateway with
+    candidates: Sequence[tuple[str, AdapterEntry]] = ()  # applications, and adapters that they are to try
 
     def user_config(self) -> dict[str, Any]:
-        """Return it as Serve's user_config."""
+        """Return it as Serve's user_config. Its `version` is a hash of the rest."""
         keys = {
             key.token_sha256.lower(): {
                 "project": key.project,
@@ -116,10 +136,20 @@ class Snapshot:
                 "endpoint": entry.endpoint,
                 "create_time": entry.create_time,
                 "routes": [asdict(route) for route in entry.routes],
+                "aliases": {alias: sorted(versions) for alias, versions in sorted(entry.aliases.items())},
             }
             for entry in sorted(self.endpoints, key=lambda entry: (entry.project, entry.endpoint))
         ]
-        return {"keys": keys, "endpoints": endpoints, "allowed_hosts": sorted(set(self.allowed_hosts))}
+        tried = sorted({(app, adapter.name): (app, adapter) for app, adapter in self.candidates}.items())
+        config = {
+            "keys": keys,
+            "endpoints": endpoints,
+            "allowed_hosts": sorted(set(self.allowed_hosts)),
+            "coordinator": self.coordinator,
+            "candidates": [{"app": app, "adapter": asdict(adapter)} for _, (app, adapter) in tried],
+        }
+        text = json.dumps(config, sort_keys=True, separators=(",", ":"))
+        return config | {"version": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
 @dataclass(frozen=True)

@@ -27,3 +27,8 @@ def claim_token(stack_secret: str, job_uid: str, run: int) -> str:
     the same token, whichever of the two submissions Ray then keeps. It is spent by the first claim.
     """
     return hmac.new(stack_secret.encode(), f"claim/{job_uid}/{run}".encode(), hashlib.sha256).hexdigest()
+
+
+def gateway_token(stack_secret: str) -> str:
+    """The token with which the coordinator asks the gateway for its counts; the gateway knows its hash alone."""
+    return hmac.new(stack_secret.encode(), b"gateway", hashlib.sha256).hexdigest()

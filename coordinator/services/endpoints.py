@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any
 
 from google.protobuf.message import Message
 from sqlmodel import Session, col, select
@@ -11,12 +13,16 @@ from sqlmodel import Session, col, select
 from common.errors import FailedPrecondition, InvalidArgument, NotFound, Violation
 from common.names import check_id, parse_version_ref
 from coordinator import messages, registry
-from coordinator.endpoints.reconcile import GATEWAY, Deployer
+from coordinator.cluster.ray_cluster import Capacity
+from coordinator.endpoints import progress
+from coordinator.endpoints.progress import DELETING, DEPLOYING
+from coordinator.endpoints.reconcile import GATEWAY, Deployer, topic
+from coordinator.endpoints.rollout import Counts
+from coordinator.endpoints.rollout import check as check_rollout
 from coordinator.jobs.admission import check_limit
 from coordinator.jobs.reconcile import Reconciler
 from coordinator.jobs.resolve import registered
 from coordinator.notify import Notifier
-from coordinator.scheduling.model import Demand
 from coordinator.services import paging
 from coordinator.services.principal import Context, Principal, principal
 from coordinator.store import tables
@@ -25,8 +31,12 @@ from coordinator.store.tables import now
 from luthier.v1 import endpoint_pb2, endpoint_pb2_grpc
 
 MAX_REPLICAS = 1000
-DEPLOYING = endpoint_pb2.EndpointState.Name(endpoint_pb2.ENDPOINT_STATE_DEPLOYING)
-DELETING = endpoint_pb2.EndpointState.Name(endpoint_pb2.ENDPOINT_STATE_DELETING)
+
+CHANGEABLE = ("routes", "autoscaling", "resources", "rollout")
+"""Fields that UpdateEndpoint changes."""
+
+WATCH_SECONDS = 5.0
+"""A watch looks as often as this by itself, for what another coordinator changed."""
 
 
 class EndpointService(endpoint_pb2_grpc.EndpointServiceServicer):
@@ -47,19 +57,15 @@ class EndpointService(endpoint_pb2_grpc.EndpointServiceServicer):
         check_id(request.endpoint_id, "endpoint_id")
         capacity = await self._reconciler.capacity()
         desired = check(request.endpoint, capacity is not None and capacity.total.gpus > 0)
-        needs = claim(desired)
-        if capacity is not None and not (needs + GATEWAY).fits(capacity.total):
-            why = f"the least replicas and the gateway need {needs + GATEWAY}, the cluster has {capacity.total}"
-            raise InvalidArgument.of([Violation("endpoint.autoscaling.min_replicas", why)], "CLUSTER_TOO_SMALL")
 
         def work(session: Session) -> tables.Endpoint:
-            return self._record(session, who, request, desired, needs)
+            return self._record(session, who, request, desired, capacity)
 
         if request.validate_only:
             row = await self._store.read(work)
         else:
             row = await self._store.write(work)
-            self._notifier.notify("endpoints", "scheduler")
+            self._notifier.notify("endpoints", "scheduler", topic(who.project, request.endpoint_id))
         return endpoint_pb2.DeployEndpointResponse(endpoint=self._message(row))
 
     def _record(
@@ -67,9 +73,11 @@ class EndpointService(endpoint_pb2_grpc.EndpointServiceServicer):
         session: Session,
         who: Principal,
         request: endpoint_pb2.DeployEndpointRequest,
-        desired: endpoint_pb2.Endpoint,
-        needs: Demand,
+        sent: endpoint_pb2.Endpoint,
+        capacity: Capacity | None,
     ) -> tables.Endpoint:
+        desired = endpoint_pb2.Endpoint()
+        desired.CopyFrom(sent)  # a write may be tried more than once
         artifacts = {}
         for number, route in enumerate(desired.routes):
             ref = parse_version_ref(route.model_version, f"endpoint.routes[{number}].model_version", "models", who.project)
@@ -79,6 +87,11 @@ class EndpointService(endpoint_pb2_grpc.EndpointServiceServicer):
             artifacts[artifact.name] = messages.document(artifact)
         if len(artifacts) < len(desired.routes):
             raise InvalidArgument.of([Violation("endpoint.routes", "two routes lead to the same model version")])
+        document = {"endpoint": messages.document(desired), "artifacts": artifacts}
+        needs = progress.claim(document)
+        if capacity is not None and not (needs + GATEWAY).fits(capacity.total):
+            why = f"the least replicas and the gateway need {needs + GATEWAY}, the cluster has {capacity.total}"
+            raise InvalidArgument.of([Violation("endpoint.autoscaling.min_replicas", why)], "CLUSTER_TOO_SMALL")
         check_limit(session, who.project, needs, "the endpoint")
         row = session.get(tables.Endpoint, (who.project, request.endpoint_id))
         if request.etag and (row is None or request.etag != f'"{row.version}"'):
@@ -98,14 +111,103 @@ class EndpointService(endpoint_pb2_grpc.EndpointServiceServicer):
                 create_time=moment,
                 update_time=moment,
             )
-        document = {"endpoint": messages.document(desired), "artifacts": artifacts}
         if row.desired != document:
-            row.desired, row.generation = document, row.generation + 1
-            row.state, row.error = DEPLOYING, ""
+            self._change(row, document, desired.HasField("rollout"), moment)
         row.version, row.update_time = row.version + 1, moment
+        needs = progress.claim(row.desired, row.serving)
         row.cpus, row.gpus = needs.cpus, needs.gpus
         session.add(row)
         return row
+
+    def _change(self, row: tables.Endpoint, document: dict[str, Any], canary: bool, moment: datetime) -> None:
+        """Want something else. What answers goes on until that is ready, or until a canary has shown itself."""
+        old = {route["model_version"] for route in row.serving.get("endpoint", {}).get("routes", ())}
+        both = old & {route["model_version"] for route in document["endpoint"]["routes"]}
+        if canary and not old:
+            why = "nothing answers yet that a canary could be held against; deploy without a rollout"
+            raise FailedPrecondition(why, "NO_STABLE")
+        if canary and both:
+            why = f"{', '.join(sorted(both))} answers already; a rollout is of versions that do not"
+            raise InvalidArgument.of([Violation("endpoint.routes", why)], "ALREADY_SERVING")
+        if progress.rolling(row):
+            progress.say(row, moment, "the rollout is given up: something else was deployed")
+        row.desired, row.generation, row.rollout, row.error = document, row.generation + 1, {}, ""
+        if canary:
+            progress.begin(row, moment)
+        else:
+            row.state = DEPLOYING
+
+    async def UpdateEndpoint(
+        self, request: endpoint_pb2.UpdateEndpointRequest, context: Context
+    ) -> endpoint_pb2.UpdateEndpointResponse:
+        """See endpoint.proto."""
+        who = principal()
+        name = request.endpoint.name
+        (endpoint_id,) = who.own(name, "endpoints", field="endpoint.name")
+        paths = list(request.update_mask.paths)
+        if bad := [path for path in paths if path not in CHANGEABLE]:
+            why = f"{', '.join(bad)} cannot be changed; {', '.join(CHANGEABLE)} can"
+            raise InvalidArgument.of([Violation("update_mask", why)])
+        if bool(paths) == bool(request.rollout_action):
+            why = "name what is to be changed, or give a rollout_action, but not both"
+            raise InvalidArgument.of([Violation("update_mask", why)])
+        if request.rollout_action:
+            row = await self._store.write(lambda session: self._end_rollout(session, who, request))
+            self._notifier.notify("endpoints", "scheduler", topic(who.project, endpoint_id))
+            return endpoint_pb2.UpdateEndpointResponse(endpoint=self._message(row))
+        row = await self._store.read(lambda session: find_endpoint(session, who, name))
+        desired = messages.parse(row.desired["endpoint"], endpoint_pb2.Endpoint())
+        if "rollout" not in paths:
+            desired.ClearField("rollout")
+        for path in paths:
+            desired.ClearField(path)  # type: ignore[arg-type]
+            value = endpoint_pb2.Endpoint()
+            value.CopyFrom(request.endpoint)
+            for field, _ in request.endpoint.ListFields():
+                if field.name != path:
+                    value.ClearField(field.name)  # type: ignore[arg-type]
+            desired.MergeFrom(value)
+        changed = endpoint_pb2.DeployEndpointRequest(
+            parent=f"projects/{who.project}",
+            endpoint_id=endpoint_id,
+            endpoint=desired,
+            # Nobody may have changed it in between.
+            etag=request.etag or f'"{row.version}"',
+        )
+        answer = await self.DeployEndpoint(changed, context)
+        return endpoint_pb2.UpdateEndpointResponse(endpoint=answer.endpoint)
+
+    def _end_rollout(self, session: Session, who: Principal, request: endpoint_pb2.UpdateEndpointRequest) -> tables.Endpoint:
+        row = find_endpoint(session, who, request.endpoint.name)
+        if request.etag and request.etag != f'"{row.version}"':
+            raise FailedPrecondition("the endpoint was changed since it was read; read it again", "ETAG_MISMATCH")
+        if not progress.rolling(row):
+            raise FailedPrecondition("no rollout of the endpoint is on its way", "NO_ROLLOUT")
+        moment = now()
+        if request.rollout_action == endpoint_pb2.ROLLOUT_ACTION_ROLL_BACK:
+            progress.roll_back(row, moment, f"by {who.creator}")
+        elif row.rollout["step"] < 0:
+            raise FailedPrecondition("the new routes are not ready yet", "ROLLOUT_NOT_READY")
+        else:
+            progress.promote(row, moment, f"by {who.creator}")
+        row.version, row.update_time = row.version + 1, moment
+        session.add(row)
+        return row
+
+    async def WatchEndpoint(
+        self, request: endpoint_pb2.WatchEndpointRequest, context: Context
+    ) -> AsyncIterator[endpoint_pb2.WatchEndpointResponse]:
+        """See endpoint.proto."""
+        who = principal()
+        (endpoint_id,) = who.own(request.name, "endpoints")
+        sent = 0
+        row: tables.Endpoint | None = await self._store.read(lambda session: find_endpoint(session, who, request.name))
+        while row is not None and not self._notifier.closing.is_set():
+            if row.version != sent:
+                sent = row.version
+                yield endpoint_pb2.WatchEndpointResponse(endpoint=self._message(row))
+            await self._notifier.wait(topic(who.project, endpoint_id), WATCH_SECONDS)
+            row = await self._store.read(lambda session: session.get(tables.Endpoint, (who.project, endpoint_id)))
 
     async def GetEndpoint(self, request: endpoint_pb2.GetEndpointRequest, context: Context) -> endpoint_pb2.GetEndpointResponse:
         """See endpoint.proto."""
@@ -161,6 +263,12 @@ class EndpointService(endpoint_pb2_grpc.EndpointServiceServicer):
         message.update_time.FromDatetime(row.update_time)
         for route in message.routes:
             route.ready_replicas = row.ready_replicas.get(route.model_version, 0)
+        if row.serving:
+            message.serving.extend(messages.parse(row.serving["endpoint"], endpoint_pb2.Endpoint()).routes)
+        for event in row.events:
+            message.events.add(message=event["message"]).time.FromDatetime(datetime.fromisoformat(event["time"]))
+        if row.rollout:
+            message.rollout_status.CopyFrom(_rollout_status(row.rollout))
         return message
 
 
@@ -173,6 +281,19 @@ def find_endpoint(session: Session, who: Principal, name: str) -> tables.Endpoin
             f"there is no endpoint {endpoint_id!r}; `luthier endpoint list` shows those there are", "ENDPOINT_NOT_FOUND"
         )
     return row
+
+
+def _rollout_status(state: Mapping[str, Any]) -> endpoint_pb2.RolloutStatus:
+    status = endpoint_pb2.RolloutStatus(
+        state=endpoint_pb2.RolloutState.Value(state["state"]), percent=state.get("percent", 0), message=state.get("message", "")
+    )
+    status.start_time.FromDatetime(datetime.fromisoformat(state["begun"]))
+    for side in ("canary", "stable"):
+        if side in state:
+            getattr(status, side).CopyFrom(Counts.of(state[side]).message())
+    for route in state["routes"]:
+        status.routes.append(messages.parse(route, endpoint_pb2.Route()))
+    return status
 
 
 def check(sent: endpoint_pb2.Endpoint, cluster_has_gpus: bool) -> endpoint_pb2.Endpoint:
@@ -207,15 +328,16 @@ def check(sent: endpoint_pb2.Endpoint, cluster_has_gpus: bool) -> endpoint_pb2.E
         bad.append(Violation("endpoint.resources.cpus", f"{desired.resources.cpus} is not above 0 and at most 1024"))
     if not 0 <= desired.resources.gpus <= 16:
         bad.append(Violation("endpoint.resources.gpus", f"{desired.resources.gpus} is not between 0 and 16"))
+    if sent.HasField("rollout"):
+        desired.rollout.CopyFrom(sent.rollout)
+        bad += check_rollout(desired.rollout)
+    led = [route for route in desired.routes if not route.shadow and not route.headers and route.weight != 0]
+    if desired.routes and not led:
+        why = "all are shadows, for those who send certain headers, or without weight: nobody else would be answered"
+        bad.append(Violation("endpoint.routes", why))
     if bad:
         raise InvalidArgument.of(bad)
     return desired
-
-
-def claim(desired: endpoint_pb2.Endpoint) -> Demand:
-    """What the endpoint holds at its least."""
-    replicas = desired.autoscaling.min_replicas * len(desired.routes)
-    return Demand(desired.resources.cpus, desired.resources.gpus).times(replicas)
 
 
 def _default(message: Message, field: str, value: float) -> None:

@@ -170,7 +170,9 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             session.flush()
             return registry.model_version(session, row)
 
-        return model_pb2.SetAliasResponse(model_version=await self._store.write(work))
+        model_version = await self._store.write(work)
+        self._notifier.notify("endpoints")  # the gateway leads by aliases
+        return model_pb2.SetAliasResponse(model_version=model_version)
 
     async def GetLineage(self, request: model_pb2.GetLineageRequest, context: Context) -> model_pb2.GetLineageResponse:
         """See model.proto."""

@@ -58,6 +58,8 @@ NEEDS: dict[str, admin_pb2.Role.ValueType] = {
     "/luthier.v1.ScheduleService/DeleteSchedule": EDITOR,
     "/luthier.v1.ScheduleService/RunSchedule": EDITOR,
     "/luthier.v1.EndpointService/DeployEndpoint": EDITOR,
+    "/luthier.v1.EndpointService/UpdateEndpoint": EDITOR,
+    "/luthier.v1.EndpointService/WatchEndpoint": VIEWER,
     "/luthier.v1.EndpointService/GetEndpoint": VIEWER,
     "/luthier.v1.EndpointService/ListEndpoints": VIEWER,
     "/luthier.v1.EndpointService/DeleteEndpoint": EDITOR,

@@ -383,6 +383,12 @@ class Endpoint(SQLModel, table=True):
     gpus: float = 0.0
     create_time: datetime = _time()
     update_time: datetime = _time()
+    # What the gateway leads to: as `desired`, and the one before until that is ready. Empty before anything was.
+    serving: dict[str, Any] = _json()
+    # The canary that is on its way, or how the last one ended (endpoints/progress.py).
+    rollout: dict[str, Any] = _json()
+    # The latest events, `time` and `message` each.
+    events: list[dict[str, Any]] = _json(list)
 
 
 class Secret(SQLModel, table=True):

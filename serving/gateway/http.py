@@ -67,7 +67,7 @@ class GatewayState:
         self.traffic.keep(snapshot.names())
 
     def copy(self, endpoint: Endpoint, ask: Ask) -> None:
-        """Ask the endpoint's shadows too, for their counts alone. Nobody waits for them, and beyond so many they are not asked."""
+        """Ask the endpoint's shadows too, for their counts alone. Nobody waits for them; beyond so many they are not asked."""
         for route in shadows(endpoint):
             if len(self._copies) >= MAX_COPIES:
                 return

@@ -5,6 +5,8 @@ Endpoints: the desired state of a deployment, which the coordinator makes true."
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -52,6 +54,58 @@ ENDPOINT_STATE_DELETING: EndpointState.ValueType  # 4
 """Is being taken down."""
 Global___EndpointState: _TypeAlias = EndpointState  # noqa: Y015
 
+class _RolloutState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RolloutStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RolloutState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ROLLOUT_STATE_UNSPECIFIED: _RolloutState.ValueType  # 0
+    """There was none."""
+    ROLLOUT_STATE_PROGRESSING: _RolloutState.ValueType  # 1
+    """On its way."""
+    ROLLOUT_STATE_PROMOTED: _RolloutState.ValueType  # 2
+    """All traffic goes to the new routes."""
+    ROLLOUT_STATE_ROLLED_BACK: _RolloutState.ValueType  # 3
+    """All traffic goes to the old routes again."""
+
+class RolloutState(_RolloutState, metaclass=_RolloutStateEnumTypeWrapper):
+    """RolloutState is how a rollout stands."""
+
+ROLLOUT_STATE_UNSPECIFIED: RolloutState.ValueType  # 0
+"""There was none."""
+ROLLOUT_STATE_PROGRESSING: RolloutState.ValueType  # 1
+"""On its way."""
+ROLLOUT_STATE_PROMOTED: RolloutState.ValueType  # 2
+"""All traffic goes to the new routes."""
+ROLLOUT_STATE_ROLLED_BACK: RolloutState.ValueType  # 3
+"""All traffic goes to the old routes again."""
+Global___RolloutState: _TypeAlias = RolloutState  # noqa: Y015
+
+class _RolloutAction:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RolloutActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RolloutAction.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ROLLOUT_ACTION_UNSPECIFIED: _RolloutAction.ValueType  # 0
+    """Goes on by itself."""
+    ROLLOUT_ACTION_PROMOTE: _RolloutAction.ValueType  # 1
+    """All traffic to the new routes now."""
+    ROLLOUT_ACTION_ROLL_BACK: _RolloutAction.ValueType  # 2
+    """All traffic back to the old routes now."""
+
+class RolloutAction(_RolloutAction, metaclass=_RolloutActionEnumTypeWrapper):
+    """RolloutAction ends a rollout by hand."""
+
+ROLLOUT_ACTION_UNSPECIFIED: RolloutAction.ValueType  # 0
+"""Goes on by itself."""
+ROLLOUT_ACTION_PROMOTE: RolloutAction.ValueType  # 1
+"""All traffic to the new routes now."""
+ROLLOUT_ACTION_ROLL_BACK: RolloutAction.ValueType  # 2
+"""All traffic back to the old routes now."""
+Global___RolloutAction: _TypeAlias = RolloutAction  # noqa: Y015
+
 @_typing.final
 class Endpoint(_message.Message):
     """Endpoint is what answers under one model id."""
@@ -69,6 +123,10 @@ class Endpoint(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    ROLLOUT_FIELD_NUMBER: _builtins.int
+    ROLLOUT_STATUS_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    SERVING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """projects/{project}/endpoints/{endpoint}."""
     state: Global___EndpointState.ValueType
@@ -101,6 +159,22 @@ class Endpoint(_message.Message):
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """When it last changed. Output only."""
 
+    @_builtins.property
+    def rollout(self) -> Global___Rollout:
+        """Lead traffic to these routes step by step, away from those that answer now; all at once, as soon as all are ready, where absent."""
+
+    @_builtins.property
+    def rollout_status(self) -> Global___RolloutStatus:
+        """How the last rollout fares. Output only."""
+
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___EndpointEvent]:
+        """What happened to it, the latest last; 50 are kept. Output only."""
+
+    @_builtins.property
+    def serving(self) -> _containers.RepeatedCompositeFieldContainer[Global___Route]:
+        """Routes that answer now: those before, until the desired ones are ready. Output only."""
+
     def __init__(
         self,
         *,
@@ -115,14 +189,201 @@ class Endpoint(_message.Message):
         etag: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
+        rollout: Global___Rollout | None = ...,
+        rollout_status: Global___RolloutStatus | None = ...,
+        events: _abc.Iterable[Global___EndpointEvent] | None = ...,
+        serving: _abc.Iterable[Global___Route] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["autoscaling", b"autoscaling", "create_time", b"create_time", "resources", b"resources", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["autoscaling", b"autoscaling", "create_time", b"create_time", "resources", b"resources", "rollout", b"rollout", "rollout_status", b"rollout_status", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["autoscaling", b"autoscaling", "create_time", b"create_time", "error", b"error", "etag", b"etag", "generation", b"generation", "name", b"name", "resources", b"resources", "routes", b"routes", "state", b"state", "update_time", b"update_time", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["autoscaling", b"autoscaling", "create_time", b"create_time", "error", b"error", "etag", b"etag", "events", b"events", "generation", b"generation", "name", b"name", "resources", b"resources", "rollout", b"rollout", "rollout_status", b"rollout_status", "routes", b"routes", "serving", b"serving", "state", b"state", "update_time", b"update_time", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Endpoint: _TypeAlias = Endpoint  # noqa: Y015
+
+@_typing.final
+class Rollout(_message.Message):
+    """Rollout says how a canary becomes what answers. At each step its figures are held against those of the routes that answered before:
+    it goes on to the next where they are good, and everything goes back to the old routes where they are bad.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    MIN_REQUESTS_FIELD_NUMBER: _builtins.int
+    MIN_DURATION_FIELD_NUMBER: _builtins.int
+    MAX_ERROR_RATE_FIELD_NUMBER: _builtins.int
+    MAX_LATENCY_RATIO_FIELD_NUMBER: _builtins.int
+    MIN_FEEDBACK_SCORE_FIELD_NUMBER: _builtins.int
+    min_requests: _builtins.int
+    """Answers of the canary that a step needs; 50 where absent."""
+    max_error_rate: _builtins.float
+    """Part of the answers that may fail by no fault of the caller's, or that of the old routes where it is larger; 0.05 where absent."""
+    max_latency_ratio: _builtins.float
+    """How many times as long its 95th percentile may take as that of the old routes; 2 where absent, 0 for any."""
+    min_feedback_score: _builtins.float
+    """Least mean of the feedback scores (0 to 1), once there are ten; any where absent."""
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Parts of the traffic in percent, rising, the last one 100; 5, 25, 50, 100 where empty."""
+
+    @_builtins.property
+    def min_duration(self) -> _duration_pb2.Duration:
+        """Time that a step takes at least; a minute where absent."""
+
+    def __init__(
+        self,
+        *,
+        steps: _abc.Iterable[_builtins.int] | None = ...,
+        min_requests: _builtins.int | None = ...,
+        min_duration: _duration_pb2.Duration | None = ...,
+        max_error_rate: _builtins.float | None = ...,
+        max_latency_ratio: _builtins.float | None = ...,
+        min_feedback_score: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_error_rate", b"_max_error_rate", "_max_latency_ratio", b"_max_latency_ratio", "_min_feedback_score", b"_min_feedback_score", "_min_requests", b"_min_requests", "max_error_rate", b"max_error_rate", "max_latency_ratio", b"max_latency_ratio", "min_duration", b"min_duration", "min_feedback_score", b"min_feedback_score", "min_requests", b"min_requests"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_error_rate", b"_max_error_rate", "_max_latency_ratio", b"_max_latency_ratio", "_min_feedback_score", b"_min_feedback_score", "_min_requests", b"_min_requests", "max_error_rate", b"max_error_rate", "max_latency_ratio", b"max_latency_ratio", "min_duration", b"min_duration", "min_feedback_score", b"min_feedback_score", "min_requests", b"min_requests", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_error_rate: _TypeAlias = _typing.Literal["max_error_rate"]  # noqa: Y015
+    _WhichOneofArgType__max_error_rate: _TypeAlias = _typing.Literal["_max_error_rate", b"_max_error_rate"]  # noqa: Y015
+    _WhichOneofReturnType__max_latency_ratio: _TypeAlias = _typing.Literal["max_latency_ratio"]  # noqa: Y015
+    _WhichOneofArgType__max_latency_ratio: _TypeAlias = _typing.Literal["_max_latency_ratio", b"_max_latency_ratio"]  # noqa: Y015
+    _WhichOneofReturnType__min_feedback_score: _TypeAlias = _typing.Literal["min_feedback_score"]  # noqa: Y015
+    _WhichOneofArgType__min_feedback_score: _TypeAlias = _typing.Literal["_min_feedback_score", b"_min_feedback_score"]  # noqa: Y015
+    _WhichOneofReturnType__min_requests: _TypeAlias = _typing.Literal["min_requests"]  # noqa: Y015
+    _WhichOneofArgType__min_requests: _TypeAlias = _typing.Literal["_min_requests", b"_min_requests"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_error_rate) -> _WhichOneofReturnType__max_error_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_latency_ratio) -> _WhichOneofReturnType__max_latency_ratio | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_feedback_score) -> _WhichOneofReturnType__min_feedback_score | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_requests) -> _WhichOneofReturnType__min_requests | None: ...
+
+Global___Rollout: _TypeAlias = Rollout  # noqa: Y015
+
+@_typing.final
+class RolloutStatus(_message.Message):
+    """RolloutStatus is how a rollout fares."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    PERCENT_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    CANARY_FIELD_NUMBER: _builtins.int
+    STABLE_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    ROUTES_FIELD_NUMBER: _builtins.int
+    state: Global___RolloutState.ValueType
+    """How it stands."""
+    percent: _builtins.int
+    """Part of the traffic that goes to the new routes, in percent."""
+    message: _builtins.str
+    """What it waits for, or why it ended."""
+    @_builtins.property
+    def canary(self) -> Global___RouteFigures:
+        """The new routes since the step began."""
+
+    @_builtins.property
+    def stable(self) -> Global___RouteFigures:
+        """The old routes since the step began."""
+
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """When it began."""
+
+    @_builtins.property
+    def routes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Route]:
+        """The routes that were tried."""
+
+    def __init__(
+        self,
+        *,
+        state: Global___RolloutState.ValueType = ...,
+        percent: _builtins.int = ...,
+        message: _builtins.str = ...,
+        canary: Global___RouteFigures | None = ...,
+        stable: Global___RouteFigures | None = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        routes: _abc.Iterable[Global___Route] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "stable", b"stable", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "message", b"message", "percent", b"percent", "routes", b"routes", "stable", b"stable", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RolloutStatus: _TypeAlias = RolloutStatus  # noqa: Y015
+
+@_typing.final
+class RouteFigures(_message.Message):
+    """RouteFigures are what the gateway counted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    ERRORS_FIELD_NUMBER: _builtins.int
+    P95_SECONDS_FIELD_NUMBER: _builtins.int
+    FEEDBACK_FIELD_NUMBER: _builtins.int
+    FEEDBACK_SCORE_FIELD_NUMBER: _builtins.int
+    requests: _builtins.int
+    """Answers, those that failed among them."""
+    errors: _builtins.int
+    """Answers that failed by no fault of the caller's."""
+    p95_seconds: _builtins.float
+    """95th percentile of the time that whole answers took, in seconds."""
+    feedback: _builtins.int
+    """Scores given."""
+    feedback_score: _builtins.float
+    """Their mean."""
+    def __init__(
+        self,
+        *,
+        requests: _builtins.int = ...,
+        errors: _builtins.int = ...,
+        p95_seconds: _builtins.float = ...,
+        feedback: _builtins.int = ...,
+        feedback_score: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["errors", b"errors", "feedback", b"feedback", "feedback_score", b"feedback_score", "p95_seconds", b"p95_seconds", "requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RouteFigures: _TypeAlias = RouteFigures  # noqa: Y015
+
+@_typing.final
+class EndpointEvent(_message.Message):
+    """EndpointEvent is something that happened to an endpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    message: _builtins.str
+    """What."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When."""
+
+    def __init__(
+        self,
+        *,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndpointEvent: _TypeAlias = EndpointEvent  # noqa: Y015
 
 @_typing.final
 class Route(_message.Message):
@@ -130,25 +391,55 @@ class Route(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class HeadersEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     READY_REPLICAS_FIELD_NUMBER: _builtins.int
+    SHADOW_FIELD_NUMBER: _builtins.int
+    HEADERS_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """name@3 or name@alias; stored as the version it stood for."""
     weight: _builtins.int
     """Part of the traffic, relative to the other routes; 1 where all are absent."""
     ready_replicas: _builtins.int
     """Replicas that answer now. Output only."""
+    shadow: _builtins.bool
+    """Gets a copy of what the other routes are asked; its answers are counted and thrown away."""
+    @_builtins.property
+    def headers(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """HTTP headers of those who get this route, all of them, and nobody else."""
+
     def __init__(
         self,
         *,
         model_version: _builtins.str = ...,
         weight: _builtins.int = ...,
         ready_replicas: _builtins.int = ...,
+        shadow: _builtins.bool = ...,
+        headers: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_version", b"model_version", "ready_replicas", b"ready_replicas", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["headers", b"headers", "model_version", b"model_version", "ready_replicas", b"ready_replicas", "shadow", b"shadow", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -280,6 +571,114 @@ class DeployEndpointResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeployEndpointResponse: _TypeAlias = DeployEndpointResponse  # noqa: Y015
+
+@_typing.final
+class UpdateEndpointRequest(_message.Message):
+    """UpdateEndpointRequest changes an endpoint that is there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    ROLLOUT_ACTION_FIELD_NUMBER: _builtins.int
+    etag: _builtins.str
+    """Refuse unless the endpoint still has this etag; empty accepts any."""
+    rollout_action: Global___RolloutAction.ValueType
+    """End the rollout that is on its way; then no mask."""
+    @_builtins.property
+    def endpoint(self) -> Global___Endpoint:
+        """The endpoint's name, and the new values of what the mask names."""
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """routes, autoscaling, resources, rollout."""
+
+    def __init__(
+        self,
+        *,
+        endpoint: Global___Endpoint | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
+        etag: _builtins.str = ...,
+        rollout_action: Global___RolloutAction.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "update_mask", b"update_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "etag", b"etag", "rollout_action", b"rollout_action", "update_mask", b"update_mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateEndpointRequest: _TypeAlias = UpdateEndpointRequest  # noqa: Y015
+
+@_typing.final
+class UpdateEndpointResponse(_message.Message):
+    """UpdateEndpointResponse holds the endpoint as recorded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def endpoint(self) -> Global___Endpoint:
+        """The endpoint."""
+
+    def __init__(
+        self,
+        *,
+        endpoint: Global___Endpoint | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateEndpointResponse: _TypeAlias = UpdateEndpointResponse  # noqa: Y015
+
+@_typing.final
+class WatchEndpointRequest(_message.Message):
+    """WatchEndpointRequest names an endpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """projects/{project}/endpoints/{endpoint}."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchEndpointRequest: _TypeAlias = WatchEndpointRequest  # noqa: Y015
+
+@_typing.final
+class WatchEndpointResponse(_message.Message):
+    """WatchEndpointResponse is how it stands."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def endpoint(self) -> Global___Endpoint:
+        """The endpoint."""
+
+    def __init__(
+        self,
+        *,
+        endpoint: Global___Endpoint | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchEndpointResponse: _TypeAlias = WatchEndpointResponse  # noqa: Y015
 
 @_typing.final
 class GetEndpointRequest(_message.Message):

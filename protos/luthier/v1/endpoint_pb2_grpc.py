@@ -50,6 +50,16 @@ class EndpointServiceStub:
                 request_serializer=luthier_dot_v1_dot_endpoint__pb2.ListEndpointsRequest.SerializeToString,
                 response_deserializer=luthier_dot_v1_dot_endpoint__pb2.ListEndpointsResponse.FromString,
                 _registered_method=True)
+        self.UpdateEndpoint = channel.unary_unary(
+                '/luthier.v1.EndpointService/UpdateEndpoint',
+                request_serializer=luthier_dot_v1_dot_endpoint__pb2.UpdateEndpointRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_endpoint__pb2.UpdateEndpointResponse.FromString,
+                _registered_method=True)
+        self.WatchEndpoint = channel.unary_stream(
+                '/luthier.v1.EndpointService/WatchEndpoint',
+                request_serializer=luthier_dot_v1_dot_endpoint__pb2.WatchEndpointRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_endpoint__pb2.WatchEndpointResponse.FromString,
+                _registered_method=True)
         self.DeleteEndpoint = channel.unary_unary(
                 '/luthier.v1.EndpointService/DeleteEndpoint',
                 request_serializer=luthier_dot_v1_dot_endpoint__pb2.DeleteEndpointRequest.SerializeToString,
@@ -82,6 +92,20 @@ class EndpointServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateEndpoint(self, request, context):
+        """UpdateEndpoint changes a part of the desired state, or ends a rollout.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchEndpoint(self, request, context):
+        """WatchEndpoint sends an endpoint as it is, and again whenever it changes, until it is gone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteEndpoint(self, request, context):
         """DeleteEndpoint takes an endpoint down; it is gone once its replicas are.
         """
@@ -106,6 +130,16 @@ def add_EndpointServiceServicer_to_server(servicer, server):
                     servicer.ListEndpoints,
                     request_deserializer=luthier_dot_v1_dot_endpoint__pb2.ListEndpointsRequest.FromString,
                     response_serializer=luthier_dot_v1_dot_endpoint__pb2.ListEndpointsResponse.SerializeToString,
+            ),
+            'UpdateEndpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateEndpoint,
+                    request_deserializer=luthier_dot_v1_dot_endpoint__pb2.UpdateEndpointRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_endpoint__pb2.UpdateEndpointResponse.SerializeToString,
+            ),
+            'WatchEndpoint': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchEndpoint,
+                    request_deserializer=luthier_dot_v1_dot_endpoint__pb2.WatchEndpointRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_endpoint__pb2.WatchEndpointResponse.SerializeToString,
             ),
             'DeleteEndpoint': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteEndpoint,
@@ -195,6 +229,60 @@ class EndpointService:
             '/luthier.v1.EndpointService/ListEndpoints',
             luthier_dot_v1_dot_endpoint__pb2.ListEndpointsRequest.SerializeToString,
             luthier_dot_v1_dot_endpoint__pb2.ListEndpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateEndpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.EndpointService/UpdateEndpoint',
+            luthier_dot_v1_dot_endpoint__pb2.UpdateEndpointRequest.SerializeToString,
+            luthier_dot_v1_dot_endpoint__pb2.UpdateEndpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchEndpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/luthier.v1.EndpointService/WatchEndpoint',
+            luthier_dot_v1_dot_endpoint__pb2.WatchEndpointRequest.SerializeToString,
+            luthier_dot_v1_dot_endpoint__pb2.WatchEndpointResponse.FromString,
             options,
             channel_credentials,
             insecure,

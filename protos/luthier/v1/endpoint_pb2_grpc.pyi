@@ -39,6 +39,10 @@ class EndpointServiceStub:
     """GetEndpoint returns one endpoint."""
     ListEndpoints: _grpc.UnaryUnaryMultiCallable[_endpoint_pb2.ListEndpointsRequest, _endpoint_pb2.ListEndpointsResponse]
     """ListEndpoints pages through a project's endpoints by name."""
+    UpdateEndpoint: _grpc.UnaryUnaryMultiCallable[_endpoint_pb2.UpdateEndpointRequest, _endpoint_pb2.UpdateEndpointResponse]
+    """UpdateEndpoint changes a part of the desired state, or ends a rollout."""
+    WatchEndpoint: _grpc.UnaryStreamMultiCallable[_endpoint_pb2.WatchEndpointRequest, _endpoint_pb2.WatchEndpointResponse]
+    """WatchEndpoint sends an endpoint as it is, and again whenever it changes, until it is gone."""
     DeleteEndpoint: _grpc.UnaryUnaryMultiCallable[_endpoint_pb2.DeleteEndpointRequest, _endpoint_pb2.DeleteEndpointResponse]
     """DeleteEndpoint takes an endpoint down; it is gone once its replicas are."""
 
@@ -53,6 +57,10 @@ class EndpointServiceAsyncStub(EndpointServiceStub):
     """GetEndpoint returns one endpoint."""
     ListEndpoints: _aio.UnaryUnaryMultiCallable[_endpoint_pb2.ListEndpointsRequest, _endpoint_pb2.ListEndpointsResponse]  # type: ignore[assignment]
     """ListEndpoints pages through a project's endpoints by name."""
+    UpdateEndpoint: _aio.UnaryUnaryMultiCallable[_endpoint_pb2.UpdateEndpointRequest, _endpoint_pb2.UpdateEndpointResponse]  # type: ignore[assignment]
+    """UpdateEndpoint changes a part of the desired state, or ends a rollout."""
+    WatchEndpoint: _aio.UnaryStreamMultiCallable[_endpoint_pb2.WatchEndpointRequest, _endpoint_pb2.WatchEndpointResponse]  # type: ignore[assignment]
+    """WatchEndpoint sends an endpoint as it is, and again whenever it changes, until it is gone."""
     DeleteEndpoint: _aio.UnaryUnaryMultiCallable[_endpoint_pb2.DeleteEndpointRequest, _endpoint_pb2.DeleteEndpointResponse]  # type: ignore[assignment]
     """DeleteEndpoint takes an endpoint down; it is gone once its replicas are."""
 
@@ -82,6 +90,22 @@ class EndpointServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_endpoint_pb2.ListEndpointsResponse, _abc.Awaitable[_endpoint_pb2.ListEndpointsResponse]]:
         """ListEndpoints pages through a project's endpoints by name."""
+
+    @_abc_1.abstractmethod
+    def UpdateEndpoint(
+        self,
+        request: _endpoint_pb2.UpdateEndpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_endpoint_pb2.UpdateEndpointResponse, _abc.Awaitable[_endpoint_pb2.UpdateEndpointResponse]]:
+        """UpdateEndpoint changes a part of the desired state, or ends a rollout."""
+
+    @_abc_1.abstractmethod
+    def WatchEndpoint(
+        self,
+        request: _endpoint_pb2.WatchEndpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_endpoint_pb2.WatchEndpointResponse], _abc.AsyncIterator[_endpoint_pb2.WatchEndpointResponse]]:
+        """WatchEndpoint sends an endpoint as it is, and again whenever it changes, until it is gone."""
 
     @_abc_1.abstractmethod
     def DeleteEndpoint(

@@ -77,6 +77,8 @@ TAKES: dict[str, tuple[str, str] | None] = {
     "RunSchedule": ("name", SCHEDULE),
     "DeployEndpoint": ("parent", PARENT),
     "GetEndpoint": ("name", "projects/{project}/endpoints/desk"),
+    "UpdateEndpoint": ("endpoint.name", "projects/{project}/endpoints/desk"),
+    "WatchEndpoint": ("name", "projects/{project}/endpoints/desk"),
     "ListEndpoints": ("parent", PARENT),
     "DeleteEndpoint": ("name", "projects/{project}/endpoints/desk"),
     "SetSecret": ("name", "projects/{project}/secrets/token"),

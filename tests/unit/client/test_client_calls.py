@@ -53,6 +53,8 @@ def test_only_calls_that_are_safe_to_repeat_are_repeated() -> None:
         "BackupRecords",  # one that broke off is made anew, into a file of its own
         "UploadDataset",  # streams up are repeated with their request_id
         "UploadModel",
+        "WatchEndpoint",  # looked at anew instead
+        "UpdateEndpoint",
         "DeployEndpoint",  # a repeated one may undo what somebody else did in between
         "DeleteEndpoint",  # a repeated one may find nothing
         "UpdateSchedule",

@@ -117,7 +117,7 @@ async def test_the_gateway_and_replicas_are_told_where_traces_go(store: Store, r
     environment = tracing.environment("http://collector:4317", 0.5)
     assert environment == {"LUTHIER_OTLP_ENDPOINT": "http://collector:4317", "LUTHIER_TRACE_SAMPLE_RATIO": "0.5"}
     for given in ({}, environment):
-        deployer = Deployer(store, ray, Notifier(), leadership, "127.0.0.1", 8000, given)  # type: ignore[arg-type]
+        deployer = Deployer(store, ray, Notifier(), leadership, "127.0.0.1", 8000, "secret", given)  # type: ignore[arg-type]
         await deployer.round()
         (gateway,) = [app for app in ray.configs[-1]["applications"] if app["name"] == GATEWAY_APP]
         assert gateway["runtime_env"] == ({"env_vars": given} if given else {})

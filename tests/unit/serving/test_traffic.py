@@ -130,8 +130,7 @@ async def test_answers_are_counted_at_their_route_and_shadows_see_them_too(
     answer = (await client.post("/v1/chat/completions", json=chat(model="desk"))).json()
     stream = await client.post("/v1/chat/completions", json=chat(model="desk", stream=True))
     assert events(stream.text)[-1] == "[DONE]"
-    while state._copies:
-        await asyncio.sleep(0)
+    await asyncio.gather(*state._copies)
     found = await told(client)
     counts = found["routes"]
     assert (found["version"], found["in_flight"]) == ("v7", {})
