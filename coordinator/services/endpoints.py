@@ -89,7 +89,8 @@ class EndpointService(endpoint_pb2_grpc.EndpointServiceServicer):
             raise InvalidArgument.of([Violation("endpoint.routes", "two routes lead to the same model version")])
         document = {"endpoint": messages.document(desired), "artifacts": artifacts}
         needs = progress.claim(document)
-        if capacity is not None and not (needs + GATEWAY).fits(capacity.total):
+        # A cluster that has no node yet says nothing about what it will have.
+        if capacity is not None and capacity.nodes and not (needs + GATEWAY).fits(capacity.total):
             why = f"the least replicas and the gateway need {needs + GATEWAY}, the cluster has {capacity.total}"
             raise InvalidArgument.of([Violation("endpoint.autoscaling.min_replicas", why)], "CLUSTER_TOO_SMALL")
         check_limit(session, who.project, needs, "the endpoint")
