@@ -10,7 +10,8 @@ from cli.command import command
 from cli.context import Cli
 from cli.failures import Failure
 from cli.gateway import ask
-from cli.render.registry import endpoint_view, endpoints_table
+from cli.render.endpoints import endpoint_view, endpoints_table, rollout_text
+from cli.render.text import when
 from luthier.client import short_name
 from luthier.v1.endpoint_pb2 import (
     Autoscaling,
@@ -18,6 +19,9 @@ from luthier.v1.endpoint_pb2 import (
     EndpointState,
     ListEndpointsResponse,
     ReplicaResources,
+    Rollout,
+    RolloutAction,
+    RolloutState,
     Route,
 )
 
@@ -53,7 +57,19 @@ def deploy(
     target_requests: Annotated[float, typer.Option(help="Requests in progress per replica that scaling aims at.")] = 0,
     cpus: Annotated[float | None, typer.Option(help="Logical CPUs that each replica holds; 0.5 where absent.")] = None,
     gpus: Annotated[float | None, typer.Option(help="GPUs that each replica holds.")] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait until it answers.")] = False,
+    canary: Annotated[
+        bool,
+        typer.Option("--canary", help="Lead traffic there step by step, and back by itself where the new versions do worse."),
+    ] = False,
+    steps: Annotated[str, typer.Option(help="With --canary: percentages, rising to 100.", metavar="5,25,50,100")] = "",
+    min_requests: Annotated[int | None, typer.Option(help="With --canary: answers that a step needs; 50 where absent.")] = None,
+    step_seconds: Annotated[float | None, typer.Option(help="With --canary: least seconds of a step; 60 where absent.")] = None,
+    max_error_rate: Annotated[float | None, typer.Option(help="With --canary: most failures; 0.05 where absent.")] = None,
+    max_latency_ratio: Annotated[
+        float | None, typer.Option(help="With --canary: most of its p95 by the old one's; 2 where absent, 0 for any.")
+    ] = None,
+    min_feedback: Annotated[float | None, typer.Option(help="With --canary: least mean feedback, 0 to 1.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until it answers, or until the canary's end.")] = False,
     timeout: Seconds = 600,
     validate_only: Annotated[bool, typer.Option("--validate-only", help="Check everything and record nothing.")] = False,
 ) -> None:
@@ -65,11 +81,96 @@ def deploy(
         )
     if cpus is not None or gpus is not None:
         desired.resources.CopyFrom(ReplicaResources(cpus=cpus, gpus=gpus))
+    wishes = {
+        "min_requests": min_requests,
+        "max_error_rate": max_error_rate,
+        "max_latency_ratio": max_latency_ratio,
+        "min_feedback_score": min_feedback,
+    }
+    given = {name: value for name, value in wishes.items() if value is not None}
+    if canary:
+        desired.rollout.CopyFrom(Rollout(steps=percentages(steps), **given))  # type: ignore[arg-type]
+        if step_seconds is not None:
+            desired.rollout.min_duration.FromMilliseconds(round(step_seconds * 1000))
+    elif given or steps or step_seconds is not None:
+        raise Failure("--steps, --min-requests and the like are for --canary", status=2)
     found = cli.client.deploy_endpoint(endpoint, desired, validate_only=validate_only)
-    if wait and not validate_only:
+    if wait and canary and not validate_only:
+        found = follow(cli, found)
+    elif wait and not validate_only:
         with cli.out.busy(f"starting {endpoint}"):
             found = cli.client.wait_ready(endpoint, timeout)
     cli.out.answer(found, endpoint_view(found))
+    if canary and wait and found.rollout_status.state != RolloutState.ROLLOUT_STATE_PROMOTED:
+        raise typer.Exit(1)
+
+
+def percentages(text: str) -> list[int]:
+    """`5,25,100` as numbers; none of an empty text."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdigit() for part in parts):
+        raise Failure(f"--steps {text}: not whole numbers with commas between them", status=2)
+    return [int(part) for part in parts]
+
+
+def follow(cli: Cli, deployed: Endpoint) -> Endpoint:
+    """Say what happens to an endpoint until no canary is on its way any more; return how it is then."""
+    found, told = deployed, _latest(deployed)
+    with cli.out.busy(f"the canary of {short_name(deployed.name)}"):
+        for found in cli.client.watch_endpoint(short_name(deployed.name)):
+            for event in found.events:
+                if event.time.ToNanoseconds() > told:
+                    cli.out.say(f"{when(event.time)}  {event.message}")
+            told = max(told, _latest(found))
+            if found.rollout_status.state != RolloutState.ROLLOUT_STATE_PROGRESSING:
+                break
+    return found
+
+
+def _latest(endpoint: Endpoint) -> int:
+    """When something last happened to it, in nanoseconds."""
+    return max((event.time.ToNanoseconds() for event in endpoint.events), default=0)
+
+
+@command(app)
+def traffic(
+    cli: Cli,
+    endpoint: NameArgument,
+    model: Annotated[list[str], typer.Option(help="Model version and weight, tickets@1=9; all of them.")],
+) -> None:
+    """Share the traffic otherwise. Replicas that are there stay."""
+    found = cli.client.update_endpoint(endpoint, Endpoint(routes=routes(model)), "routes")
+    cli.out.answer(found, endpoint_view(found))
+
+
+@command(app)
+def promote(cli: Cli, endpoint: NameArgument) -> None:
+    """Lead all traffic to the canary now."""
+    found = cli.client.update_endpoint(endpoint, action=RolloutAction.ROLLOUT_ACTION_PROMOTE)
+    cli.out.answer(found, endpoint_view(found))
+
+
+@command(app)
+def rollback(cli: Cli, endpoint: NameArgument) -> None:
+    """Lead all traffic back to what answered before the canary."""
+    found = cli.client.update_endpoint(endpoint, action=RolloutAction.ROLLOUT_ACTION_ROLL_BACK)
+    cli.out.answer(found, endpoint_view(found))
+
+
+@command(app)
+def watch(cli: Cli, endpoint: NameArgument) -> None:
+    """Follow an endpoint until it is gone, or until Ctrl-C; with --output json one state a line."""
+    told = 0
+    for found in cli.client.watch_endpoint(endpoint):
+        if cli.json:
+            cli.out.line(found, "")
+            continue
+        for event in found.events:
+            if event.time.ToNanoseconds() > told:
+                told = event.time.ToNanoseconds()
+                cli.out.line(event, f"{when(event.time)}  {event.message}")
+        if found.rollout_status.state == RolloutState.ROLLOUT_STATE_PROGRESSING and found.rollout_status.message:
+            cli.out.say(rollout_text(found.rollout_status))
 
 
 @command(app, "list")

@@ -1,4 +1,4 @@
-"""Data sets, models and endpoints as tables."""
+"""Data sets and models as tables."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from cli.render.text import ago, enum_text, facts, number, plain_table, size, state_text, when
+from cli.render.text import ago, enum_text, facts, number, plain_table, size, when
 from luthier.client import short_name
 from luthier.v1.dataset_pb2 import Dataset, DatasetVersion, RowShape
-from luthier.v1.endpoint_pb2 import Endpoint, EndpointState
 from luthier.v1.model_pb2 import LineageNode, Model, ModelKind, ModelVersion
 
 LABELS_SHOWN = 20
@@ -141,42 +140,3 @@ def lineage_tree(nodes: list[LineageNode]) -> Tree:
     root = Tree(label(nodes[0]))
     grow(root, nodes[0], frozenset({nodes[0].name}))
     return root
-
-
-def endpoints_table(endpoints: Iterable[Endpoint]) -> Table:
-    """Endpoints, one a line."""
-    table = plain_table("endpoint", "state", "routes", "replicas", "url", "changed")
-    for endpoint in endpoints:
-        table.add_row(
-            short_name(endpoint.name),
-            state_text(EndpointState.Name(endpoint.state)),
-            ", ".join(
-                f"{route.model_version} {route.weight}" if len(endpoint.routes) > 1 else route.model_version
-                for route in endpoint.routes
-            ),
-            str(sum(route.ready_replicas for route in endpoint.routes)),
-            endpoint.url,
-            ago(endpoint.update_time),
-        )
-    return table
-
-
-def endpoint_view(endpoint: Endpoint) -> Table:
-    """Everything about an endpoint."""
-    scaling, resources = endpoint.autoscaling, endpoint.resources
-    return facts(
-        [
-            ("endpoint", short_name(endpoint.name)),
-            ("state", state_text(EndpointState.Name(endpoint.state))),
-            ("error", Text(endpoint.error, "red") if endpoint.error else ""),
-            ("url", endpoint.url),
-            *(
-                (f"route {index}", f"{route.model_version}, weight {route.weight}, {route.ready_replicas} replicas ready")
-                for index, route in enumerate(endpoint.routes, 1)
-            ),
-            ("replicas", f"{scaling.min_replicas} to {scaling.max_replicas}" if scaling.max_replicas else ""),
-            ("cpus", number(resources.cpus) if resources.HasField("cpus") else ""),
-            ("gpus", number(resources.gpus) if resources.HasField("gpus") else ""),
-            ("changed", when(endpoint.update_time)),
-        ]
-    )

@@ -180,6 +180,32 @@ class Endpoints(Service, endpoint_pb2_grpc.EndpointServiceServicer):
             fake.endpoints[name] = endpoint
         return endpoint_pb2.DeployEndpointResponse(endpoint=endpoint)
 
+    def UpdateEndpoint(self, request: Any, context: Any) -> Any:
+        self.fake.enter(context, "UpdateEndpoint", request)
+        endpoint = self.fake.find(context, self.fake.endpoints, request.endpoint.name)
+        if "routes" in request.update_mask.paths:
+            del endpoint.routes[:]
+            endpoint.routes.extend(request.endpoint.routes)
+        if request.rollout_action == endpoint_pb2.ROLLOUT_ACTION_PROMOTE:
+            endpoint.rollout_status.state = endpoint_pb2.ROLLOUT_STATE_PROMOTED
+        elif request.rollout_action == endpoint_pb2.ROLLOUT_ACTION_ROLL_BACK:
+            endpoint.rollout_status.state = endpoint_pb2.ROLLOUT_STATE_ROLLED_BACK
+        return endpoint_pb2.UpdateEndpointResponse(endpoint=endpoint)
+
+    def WatchEndpoint(self, request: Any, context: Any) -> Any:
+        """One state, one more after an event, and gone."""
+        self.fake.enter(context, "WatchEndpoint", request)
+        endpoint = self.fake.find(context, self.fake.endpoints, request.name)
+        for number, percent in enumerate((20, 100), 1):
+            endpoint.etag = f'"{number}"'
+            endpoint.rollout_status.percent = percent
+            endpoint.rollout_status.state = endpoint_pb2.ROLLOUT_STATE_PROGRESSING
+            endpoint.events.add(message=f"{percent}% of the traffic goes to tickets@2").time.FromSeconds(number)
+            if percent == 100:
+                endpoint.rollout_status.state = endpoint_pb2.ROLLOUT_STATE_PROMOTED
+            yield endpoint_pb2.WatchEndpointResponse(endpoint=endpoint)
+        del self.fake.endpoints[request.name]
+
     def GetEndpoint(self, request: Any, context: Any) -> Any:
         self.fake.enter(context, "GetEndpoint", request)
         endpoint = self.fake.find(context, self.fake.endpoints, request.name)

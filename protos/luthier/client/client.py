@@ -18,7 +18,7 @@ from luthier.client.channel import open_channel
 from luthier.client.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from luthier.client.names import full_name, full_version
 from luthier.client.paging import page_through
-from luthier.client.streams import STREAM_SECONDS, Stream, tail, watch, watch_project
+from luthier.client.streams import STREAM_SECONDS, Stream, tail, watch, watch_endpoint, watch_project
 from luthier.client.tenancy import TenancyCalls
 from luthier.client.tls import Tls
 from luthier.client.uploads import Progress, dataset_messages, model_files, model_messages, sha256_of
@@ -350,6 +350,25 @@ class Client(TenancyCalls):
             parent=self.parent, endpoint_id=name, endpoint=endpoint, etag=etag, validate_only=validate_only
         )
         return self.endpoints.DeployEndpoint(request).endpoint
+
+    def update_endpoint(
+        self,
+        name: str,
+        changes: endpoint_pb2.Endpoint | None = None,
+        *fields: str,
+        action: endpoint_pb2.RolloutAction.ValueType = endpoint_pb2.ROLLOUT_ACTION_UNSPECIFIED,
+        etag: str = "",
+    ) -> endpoint_pb2.Endpoint:
+        """Change the named fields (routes, autoscaling, resources, rollout) to those of `changes`, or end a rollout."""
+        request = endpoint_pb2.UpdateEndpointRequest(endpoint=changes, etag=etag, rollout_action=action)
+        request.endpoint.name = full_name(self.project, "endpoints", name)
+        request.update_mask.paths.extend(fields)
+        return self.endpoints.UpdateEndpoint(request).endpoint
+
+    def watch_endpoint(self, name: str) -> Iterator[endpoint_pb2.Endpoint]:
+        """Yield an endpoint as it is, and whenever it changes, until it is gone. Where the stream breaks, it is opened again."""
+        request = endpoint_pb2.WatchEndpointRequest(name=full_name(self.project, "endpoints", name))
+        return watch_endpoint(lambda: self.endpoints.WatchEndpoint(request, timeout=STREAM_SECONDS), self._patience)
 
     def get_endpoint(self, name: str) -> endpoint_pb2.Endpoint:
         """Return an endpoint."""

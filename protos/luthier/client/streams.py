@@ -8,7 +8,8 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import Any, Protocol, TypeVar
 
-from luthier.client.errors import Cancelled, DeadlineExceeded, Internal, LuthierError, Unavailable
+from luthier.client.errors import Cancelled, DeadlineExceeded, Internal, LuthierError, NotFound, Unavailable
+from luthier.v1.endpoint_pb2 import Endpoint, WatchEndpointResponse
 from luthier.v1.job_pb2 import (
     JOB_STATE_CANCELLED,
     JOB_STATE_FAILED,
@@ -137,6 +138,30 @@ def watch_project(
             error = None if isinstance(failure, DeadlineExceeded) else failure
         if gaps > 2:
             raise Internal(f"the coordinator skips event {seen + 1} of the project")
+        waiting.wait(error)
+
+
+def watch_endpoint(open_stream: Callable[[], Stream[WatchEndpointResponse]], patience: float | None) -> Iterator[Endpoint]:
+    """Yield an endpoint as it is and whenever it changes; end when it is gone."""
+    etag, waiting = "", Patience(patience)
+    while True:
+        error: LuthierError | None = None
+        try:
+            with closing(_cancelling(open_stream())) as items:
+                for item in items:
+                    waiting.reset()
+                    if item.endpoint.etag != etag:
+                        etag = item.endpoint.etag
+                        yield item.endpoint
+        except NotFound:
+            if etag:
+                return
+            raise
+        except LuthierError as failure:
+            if not broke(failure):
+                raise
+            error = None if isinstance(failure, DeadlineExceeded) else failure
+        # One that ended by itself ended with its endpoint or with its server; asked again, it says which.
         waiting.wait(error)
 
 

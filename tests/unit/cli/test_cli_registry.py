@@ -139,6 +139,31 @@ def test_deploy_sends_the_desired_state_and_waits(luthier, fake: FakeCoordinator
     assert luthier("endpoint", "deploy", "desk", "--model", "tickets@1=much").status == 2
 
 
+def test_a_canary_is_asked_for_and_followed_to_its_end(luthier, fake: FakeCoordinator) -> None:
+    name = "projects/default/endpoints/desk"
+    ran = luthier(
+        *("endpoint", "deploy", "desk", "--model", "tickets@2", "--canary", "--steps", "20,100", "--min-requests", "30"),
+        *("--step-seconds", "1.5", "--min-feedback", "0.5", "--max-latency-ratio", "0", "--wait", "-o", "json"),
+    )
+    assert (ran.status, ran.json["rollout_status"]["state"]) == (0, "ROLLOUT_STATE_PROMOTED")
+    rollout = fake.called("DeployEndpoint")[0].request.endpoint.rollout
+    assert (list(rollout.steps), rollout.min_requests, rollout.min_duration.ToMilliseconds()) == ([20, 100], 30, 1500)
+    assert (rollout.min_feedback_score, rollout.max_latency_ratio, rollout.HasField("max_error_rate")) == (0.5, 0, False)
+    assert "100% of the traffic goes to tickets@2" in ran.stderr
+    for bad in (["--steps", "5,x"], ["--min-requests", "3"]):
+        canary = ["--canary"] if bad[0] == "--steps" else []
+        assert luthier("endpoint", "deploy", "desk", "--model", "tickets@2", *canary, *bad).status == 2
+    fake.endpoints[name] = Endpoint(name=name, state=ENDPOINT_STATE_READY)
+    assert luthier("endpoint", "traffic", "desk", "--model", "tickets@1=9", "--model", "tickets@2=1").status == 0
+    assert [route.weight for route in fake.endpoints[name].routes] == [9, 1]
+    assert list(fake.called("UpdateEndpoint")[0].request.update_mask.paths) == ["routes"]
+    assert "rolled back" in luthier("endpoint", "rollback", "desk").stdout
+    assert "promoted" in luthier("endpoint", "promote", "desk").stdout
+    followed = luthier("endpoint", "watch", "desk")
+    assert followed.stdout.count("of the traffic goes to tickets@2") == 2
+    assert luthier("endpoint", "watch", "desk").status == 3
+
+
 def desk(fake: FakeCoordinator, url: str) -> None:
     name = "projects/default/endpoints/desk"
     fake.endpoints[name] = Endpoint(name=name, url=url, state=ENDPOINT_STATE_READY)
