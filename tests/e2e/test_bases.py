@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from luthier.client import Client
@@ -54,3 +55,15 @@ def test_a_folder_of_ones_own_is_uploaded_trained_on_and_found_in_the_lineage(
     assert version.base_artifact_uri
     nodes = client.models.GetLineage(model_pb2.GetLineageRequest(name=name)).nodes
     assert [node.kind for node in nodes if "/models/" in node.name] == ["model", "model"]
+
+    # Its base is served, and it on top: the adapter is tried on the replica before it answers.
+    stack.cli("endpoint", "deploy", "own", "--model", "own@1", "--cpus", "0.2", "--wait", "--timeout", "180")
+    answer = httpx.post(
+        f"{stack.gateway_url}/chat/completions",
+        json={"model": "own", "messages": [{"role": "user", "content": "red"}], "max_tokens": 4},
+        headers={"authorization": f"Bearer {stack.token}"},
+        timeout=60,
+    )
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["system_fingerprint"].endswith(f"-{version.content_hash[:12]}")
+    stack.cli("endpoint", "delete", "own", "--wait")
