@@ -6,14 +6,17 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import replace
+from functools import partial
 
 from opentelemetry.trace import SpanKind
 
 from common import manifest, tracing
 from common.chat import check_template
-from common.errors import Internal, InvalidArgument, LuthierError, Unavailable
+from common.errors import Internal, InvalidArgument, LuthierError, Unavailable, Violation
 from serving.batching import Batcher
-from serving.engines import Completion, Engine, Request, load_engine
+from serving.engines import Completion, Engine, Request, SamplingParams, load_engine, tool_calls
+from serving.engines.base import Piece
 from serving.wire import AdapterRef, Ask, Event, ModelArgs, Started
 
 
@@ -66,7 +69,9 @@ class ModelReplica:
                 answer: asyncio.Future[Completion] = loop.create_future()
                 answers.append(answer)
                 self._batcher.submit(request, _resolver(loop, answer))
-            return [_whole(completion) for completion in await asyncio.gather(*answers)]
+            completions = await asyncio.gather(*answers)
+            calls = self._engine.tool_style if ask.tools else ""
+            return [replace(_whole(each), index=index, calls=calls) for index, each in enumerate(completions)]
         finally:
             for request, _ in requests:
                 request.cancel.set()
@@ -87,27 +92,32 @@ class ModelReplica:
             span.end()
 
     async def _stream(self, ask: Ask, trace_parent: str) -> AsyncGenerator[Event]:
-        ((request, prompt_tokens),) = await self._prepared(ask, trace_parent)
+        requests = await self._prepared(ask, trace_parent)
         loop = asyncio.get_running_loop()
-        events: asyncio.Queue[str | Completion | BaseException] = asyncio.Queue()
+        events: asyncio.Queue[Piece | Completion | BaseException] = asyncio.Queue()
 
-        def put(event: str | Completion | BaseException) -> None:
+        def put(index: int, event: Piece | Completion | BaseException) -> None:
+            if not isinstance(event, BaseException):
+                event = replace(event, index=index)
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        request.on_text = put
         try:
-            yield Started(prompt_tokens)
-            self._batcher.submit(request, put)
-            while True:
+            yield Started(requests[0][1], self._engine.tool_style if ask.tools else "")
+            for index, (request, _) in enumerate(requests):
+                request.on_piece = partial(put, index)
+                self._batcher.submit(request, partial(put, index))
+            open_ = len(requests)
+            while open_:
                 event = await events.get()
                 if isinstance(event, BaseException):
                     raise _told(event)
                 if isinstance(event, Completion):
-                    yield _whole(event)
-                    return
+                    open_ -= 1
+                    event = _whole(event)
                 yield event
         finally:
-            request.cancel.set()
+            for request, _ in requests:
+                request.cancel.set()
 
     async def _prepared(self, ask: Ask, trace_parent: str) -> list[tuple[Request, int]]:
         if ask.adapter is not None:
@@ -116,14 +126,30 @@ class ModelReplica:
 
     def _requests(self, ask: Ask, trace_parent: str) -> list[tuple[Request, int]]:
         """Render and check, so that what is wrong with a request is said before it waits in a batch."""
-        prompts = [self._engine.render(ask.messages)] if ask.messages else list(ask.prompts)
+        prompts = [self._engine.render(ask.messages, ask.tools)] if ask.messages else list(ask.prompts)
         if not prompts:
             raise InvalidArgument("there is nothing to complete")
+        params = self._params(ask)
+        self._engine.check_params(params)
         adapter = ask.adapter.name if ask.adapter is not None else ""
-        return [
-            (Request(prompt, ask.params, trace_parent=trace_parent, adapter=adapter), self._engine.check(prompt))
-            for prompt in prompts
-        ]
+        requests = []
+        for prompt in prompts:
+            tokens = self._engine.check(prompt)
+            for number in range(ask.n):
+                own = params if params.seed is None or not number else replace(params, seed=_other_seed(params.seed, number))
+                requests.append((Request(prompt, own, trace_parent=trace_parent, adapter=adapter), tokens))
+        return requests
+
+    def _params(self, ask: Ask) -> SamplingParams:
+        """How to generate, where a tool has to be called."""
+        if not ask.must_call:
+            return ask.params
+        name = ask.must_call if isinstance(ask.must_call, str) else ""
+        grammar = tool_calls.grammar(ask.tools, self._engine.tool_style, name)
+        if not grammar:
+            why = "nobody knows how this model writes calls, so it cannot be made to call; leave it at auto"
+            raise InvalidArgument.of([Violation("tool_choice", why)])
+        return replace(ask.params, grammar=grammar)
 
     def __del__(self) -> None:
         batcher = getattr(self, "_batcher", None)
@@ -146,6 +172,11 @@ def _resolver(
         loop.call_soon_threadsafe(resolve, result)
 
     return done
+
+
+def _other_seed(seed: int, number: int) -> int:
+    """A seed for another answer to the same prompt, within 64 bits."""
+    return (seed + number + 2**63) % 2**64 - 2**63
 
 
 def _told(error: BaseException) -> LuthierError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from serving.engines.base import Completion, SamplingParams
+from serving.engines.base import Completion, Piece, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,15 @@ class AdapterRef:
 
 @dataclass(frozen=True)
 class Ask:
-    """Either a conversation (`messages`, one answer) or raw `prompts` (an answer each), and how to generate."""
+    """Either a conversation (`messages`) or raw `prompts`, and how to generate: `n` answers to each."""
 
     params: SamplingParams
-    messages: tuple[dict[str, str], ...] = ()
+    messages: tuple[dict[str, Any], ...] = ()
     prompts: tuple[str, ...] = ()
+    n: int = 1
+    tools: tuple[dict[str, Any], ...] = ()
+    # Call a tool, whichever or the one of that name; needs `tools`.
+    must_call: bool | str = False
     # W3C traceparent of the request; empty where nobody traces.
     trace_parent: str = ""
     # What to answer with beside the model; None for the model alone.
@@ -37,12 +41,17 @@ class Ask:
 
 @dataclass(frozen=True)
 class Started:
-    """First event of a stream: the request was accepted, and its prompt has so many tokens."""
+    """First event of a stream: the request was accepted, and its prompt has so many tokens.
+
+    `calls` says how the model writes calls of tools; empty where it was given none.
+    """
 
     prompt_tokens: int
+    calls: str = ""
 
 
-Event = Started | str | Completion
+Event = Started | Piece | Completion
+"""A stream: Started, pieces, and a completion for each answer, after the last piece of it."""
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from common.errors import FailedPrecondition, InvalidArgument, Violation
 
 FinishReason = Literal["stop", "length", "cancelled"]
+
+MAX_TOP_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,28 @@ class SamplingParams:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    top_k: int = 0  # 0: all
+    presence_penalty: float = 0.0  # taken from the logits of tokens that were generated already
+    frequency_penalty: float = 0.0  # the same, for each time
+    logit_bias: tuple[tuple[int, float], ...] = ()  # tokens, and what is added to their logits
+    top_logprobs: int | None = None  # how many likely tokens are told with each token; None: not even its own likelihood
+    # What the text has to follow: a JSON schema as JSON, or a grammar in llguidance's dialect of Lark; empty for anything.
+    json_schema: str = ""
+    grammar: str = ""
 
     def __post_init__(self) -> None:
         bad: list[Violation] = []
+        if self.top_k < 0:
+            bad.append(Violation("top_k", f"must be at least 0, is {self.top_k}"))
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                bad.append(Violation(name, f"must be between -2 and 2, is {getattr(self, name)}"))
+        if any(token < 0 or not -100 <= bias <= 100 for token, bias in self.logit_bias):
+            bad.append(Violation("logit_bias", "must give tokens values between -100 and 100"))
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
+            bad.append(Violation("top_logprobs", f"must be between 0 and {MAX_TOP_LOGPROBS}, is {self.top_logprobs}"))
+        if self.json_schema and self.grammar:
+            bad.append(Violation("grammar", "must not stand beside a JSON schema"))
         if self.max_tokens is not None and self.max_tokens < 1:
             bad.append(Violation("max_tokens", f"must be at least 1, is {self.max_tokens}"))
         if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 2):
@@ -42,6 +63,34 @@ class SamplingParams:
         if bad:
             raise InvalidArgument.of(bad)
 
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits are changed before a token is chosen."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.logit_bias)
+
+    @property
+    def constrained(self) -> bool:
+        """Whether the text has to follow something."""
+        return bool(self.json_schema or self.grammar)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token, its natural log-probability before temperature and the like, and the likeliest tokens at its place."""
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a text on its way. `index` is the answer's, where several are given to one prompt."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    index: int = 0
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -51,6 +100,9 @@ class Completion:
     finish_reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+    index: int = 0
+    calls: str = ""  # how the model writes calls of tools, where it was given some
 
 
 @dataclass(frozen=True)
@@ -63,11 +115,11 @@ class Score:
 
 @dataclass
 class Request:
-    """One prompt on its way. `on_text` gets the text as it comes, from the engine's thread; `cancel` ends it early."""
+    """One prompt on its way. `on_piece` gets the text as it comes, from the engine's thread; `cancel` ends it early."""
 
     prompt: str
     params: SamplingParams
-    on_text: Callable[[str], None] | None = None
+    on_piece: Callable[[Piece], None] | None = None
     cancel: threading.Event = field(default_factory=threading.Event)
     # W3C traceparent of whoever asks; empty where nobody traces.
     trace_parent: str = ""
@@ -115,14 +167,23 @@ class Engine(ABC):
     chat_template_sha256: str
     #: Most tokens that prompt and completion may have together.
     max_length: int
+    #: How it writes calls of tools (tool_calls.py); empty where nobody knows.
+    tool_style: str = ""
 
     @abstractmethod
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Return the prompt for a conversation, as the model's chat template writes it, ready for the answer."""
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """Return the prompt for a conversation, as the model's chat template writes it, ready for the answer.
+
+        Raises InvalidArgument where the template takes no `tools`.
+        """
 
     @abstractmethod
     def check(self, prompt: str) -> int:
         """Return the number of tokens of `prompt`; raises InvalidArgument where it leaves no room for an answer."""
+
+    def check_params(self, params: SamplingParams) -> None:
+        """Raise InvalidArgument where a request could not be generated so."""
+        return
 
     @abstractmethod
     def lanes(self) -> Lanes:
@@ -161,7 +222,7 @@ class Engine(ABC):
         """Yield the text as it comes, and the whole Completion last. Closing the iterator ends the generation."""
         self.check(prompt)
         events: queue.SimpleQueue[str | Completion | BaseException] = queue.SimpleQueue()
-        request = Request(prompt, params, on_text=events.put)
+        request = Request(prompt, params, on_piece=lambda piece: events.put(piece.text))
 
         def work() -> None:
             try:

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from serving.engines.base import Completion, FinishReason, Request
+from serving.engines.base import Completion, FinishReason, Piece, Request, TokenLogprob
+
+
+class Matcher(Protocol):
+    """What a text has to follow, at the token that it has come to."""
+
+    def mask(self, scores: torch.Tensor) -> None:
+        """Make tokens that may not come next impossible, in one row's logits."""
+        ...
+
+    def consume_token(self, token: int) -> object:
+        """Go on by a token."""
+        ...
 
 
 class Detokenizer:
@@ -64,15 +79,27 @@ class Detokenizer:
 class Row:
     """One request while it is being generated."""
 
-    def __init__(self, request: Request, prompt_ids: list[int], max_length: int, decode: Callable[[list[int]], str]) -> None:
+    def __init__(
+        self,
+        request: Request,
+        prompt_ids: list[int],
+        max_length: int,
+        decode: Callable[[list[int]], str],
+        matcher: Matcher | None = None,
+    ) -> None:
+        """`matcher` says which tokens may come next, where the request wants the text to follow something."""
         self.request = request
         self.ids = prompt_ids
         self.prompt_tokens = len(prompt_ids)
+        self.matcher = matcher
         room = max_length - len(prompt_ids)
         self.limit = min(request.params.max_tokens or room, room)
         self.finish_reason: FinishReason | None = None
+        self._decode = decode
         self._detokenizer = Detokenizer(decode, request.params.stop)
         self._generated = 0
+        self._logprobs: list[TokenLogprob] = []
+        self._told = 0
         params = request.params
         self._random: torch.Generator | None = None
         if params.temperature > 0:  # a generator of its own: rows of a batch and other threads do not disturb it
@@ -83,11 +110,16 @@ class Row:
         """Whether tokens are drawn rather than the likeliest taken."""
         return self._random is not None
 
+    @property
+    def generated(self) -> list[int]:
+        """The tokens that were generated so far."""
+        return self.ids[self.prompt_tokens :]
+
     def draw(self) -> float:
         """Return the next random number in [0, 1)."""
         return float(torch.rand((), generator=self._random, dtype=torch.float64))
 
-    def push(self, token: int, end_tokens: frozenset[int]) -> None:
+    def push(self, token: int, end_tokens: frozenset[int], likely: Likely | None = None) -> None:
         """Take the next token and decide whether the row ends."""
         if self.request.cancel.is_set():
             self.cancel()
@@ -96,7 +128,12 @@ class Row:
         if token in end_tokens:
             self._finish("stop")
             return
+        if self.matcher is not None:
+            self.matcher.consume_token(token)
         self.ids.append(token)
+        if likely is not None:
+            top = tuple((self._decode([other]), value) for other, value in likely.top)
+            self._logprobs.append(TokenLogprob(self._decode([token]), likely.own, top))
         self._detokenizer.push(token)
         if self._detokenizer.stopped:
             self._finish("stop")
@@ -115,16 +152,68 @@ class Row:
         self.finish_reason = "stop" if self._detokenizer.stopped else reason
 
     def _tell(self, text: str) -> None:
-        if text and self.request.on_text is not None:
-            self.request.on_text(text)
+        if text and self.request.on_piece is not None:
+            self.request.on_piece(Piece(text, tuple(self._logprobs[self._told :])))
+            self._told = len(self._logprobs)
 
     def completion(self) -> Completion:
         """Return what came of it."""
-        return Completion(self._detokenizer.text, self.finish_reason or "length", self.prompt_tokens, self._generated)
+        reason = self.finish_reason or "length"
+        return Completion(self._detokenizer.text, reason, self.prompt_tokens, self._generated, tuple(self._logprobs))
+
+
+@dataclass(frozen=True)
+class Likely:
+    """Log-probability of the token that was chosen, and the likeliest tokens with theirs."""
+
+    own: float
+    top: tuple[tuple[int, float], ...]
+
+
+def likelihoods(scores: torch.Tensor, chosen: torch.Tensor, rows: Sequence[Row]) -> list[Likely | None]:
+    """Return what is to be told of each row's token, by the model's own logits; None where nothing is to be told."""
+    wanted = [index for index, row in enumerate(rows) if row.request.params.top_logprobs is not None]
+    found: list[Likely | None] = [None] * len(rows)
+    if not wanted:
+        return found
+    logprobs = scores[wanted].float().log_softmax(dim=-1)
+    own = logprobs.gather(1, chosen[wanted][:, None])[:, 0].tolist()
+    most = max(rows[index].request.params.top_logprobs or 0 for index in wanted)
+    values, tokens = logprobs.topk(most, dim=-1)
+    for place, index in enumerate(wanted):
+        count = rows[index].request.params.top_logprobs or 0
+        top = zip(tokens[place, :count].tolist(), values[place, :count].tolist(), strict=True)
+        found[index] = Likely(own[place], tuple(top))
+    return found
+
+
+def adjust(scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    """Return the logits with each row's own penalties, biases and grammar; the same tensor where no row has any."""
+    live = [(index, row) for index, row in enumerate(rows) if row.finish_reason is None]
+    changed = [(index, row) for index, row in live if row.request.params.adjusts]
+    bound = [(index, row) for index, row in live if row.matcher is not None]
+    if not changed and not bound:
+        return scores
+    scores = scores.clone()
+    for index, row in changed:
+        params = row.request.params
+        if row.generated and (params.presence_penalty or params.frequency_penalty):
+            seen = Counter(row.generated)
+            tokens = torch.tensor(list(seen), device=scores.device)
+            counts = torch.tensor(list(seen.values()), device=scores.device, dtype=scores.dtype)
+            scores[index, tokens] -= params.presence_penalty + params.frequency_penalty * counts
+        for token, bias in params.logit_bias:
+            if token < scores.shape[1]:
+                scores[index, token] += bias
+    for index, row in bound:
+        assert row.matcher is not None
+        row.matcher.mask(scores[index])
+    return scores
 
 
 def choose(scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
-    """Return the next token of each row: the likeliest, or drawn by the row's own temperature, top_p and generator."""
+    """Return the next token of each row: the likeliest, or drawn by the row's own temperature, top_k, top_p and generator."""
+    scores = adjust(scores, rows)
     chosen = scores.argmax(dim=-1)
     drawn = [index for index, row in enumerate(rows) if row.sampled and row.finish_reason is None]
     if not drawn:
@@ -137,6 +226,9 @@ def choose(scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     probabilities, tokens = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     cumulative = probabilities.cumsum(dim=-1)
     kept = (cumulative - probabilities) < top_p[:, None]  # the first is always kept
+    if any(p.top_k for p in params):
+        most = torch.tensor([p.top_k or kept.shape[1] for p in params], device=device)
+        kept &= torch.arange(kept.shape[1], device=device) < most[:, None]
     cumulative = (probabilities * kept).double().cumsum(dim=-1)
     random = torch.tensor([rows[index].draw() for index in drawn], device=device, dtype=torch.float64)
     place = torch.searchsorted(cumulative, random[:, None] * cumulative[:, -1:], right=True)

@@ -18,7 +18,7 @@ import torch
 from common.errors import Unavailable
 from serving.engines.adapters import AdapterBank
 from serving.engines.base import Done, Lanes, Request
-from serving.engines.decoding import Row, choose
+from serving.engines.decoding import Row, choose, likelihoods
 from serving.engines.slots import SlotCache
 
 logger = logging.getLogger(__name__)
@@ -244,8 +244,10 @@ class ContinuousLanes(Lanes):
     def _choose(self, logits: torch.Tensor, lanes: Sequence[Lane]) -> None:
         """Hand each lane its next token, and let those leave that are done."""
         rows = [lane.row for lane in lanes]
-        for row, token in zip(rows, choose(logits, rows).tolist(), strict=True):
-            row.push(token, self._end_tokens)
+        chosen = choose(logits, rows)
+        told = likelihoods(logits, chosen, rows)
+        for row, token, likely in zip(rows, chosen.tolist(), told, strict=True):
+            row.push(token, self._end_tokens, likely)
         for lane in [lane for lane in lanes if lane.row.finish_reason is not None]:
             self._leave(lane)
             self._end(lane)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from common.chat import default_template
 from common.errors import FailedPrecondition, InvalidArgument, Violation
 
 _OPEN, _CLOSE = "\U000f0000", "\U000f0001"  # private use: no text that means anything holds them
@@ -44,6 +45,8 @@ class PromptCodec:
         self._lock = threading.Lock()  # a flag of the tokenizer is switched between calls
         self._control = _control_pattern(tokenizer)
         self.has_template = bool(tokenizer.chat_template)
+        template = default_template(tokenizer.chat_template)
+        self.takes_tools = bool(re.search(r"\btools\b", template))
         self._probe = self._generation_prompt = ""
         if self.has_template:
             probe = [{"role": "user", "content": "x"}]
@@ -51,8 +54,16 @@ class PromptCodec:
             plain = self._apply(probe, False)
             self._generation_prompt = self._probe[len(plain) :] if self._probe.startswith(plain) else ""
 
-    def render(self, messages: Sequence[Mapping[str, str]], generation_prompt: bool = True) -> Prompt:
-        """Render `messages` by the chat template. Control tokens that a message spells are marked as plain text."""
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> Prompt:
+        """Render `messages` by the chat template. Control tokens that a message spells are marked as plain text.
+
+        Raises InvalidArgument where there are `tools` and the template has no place for them.
+        """
         if not self.has_template:
             raise FailedPrecondition(
                 "this model has no chat template, so it cannot answer conversations; send a prompt instead "
@@ -67,11 +78,18 @@ class PromptCodec:
             spelled.append(match[0])
             return f"{_OPEN}{len(spelled) - 1}{_CLOSE}"
 
-        hidden = []
-        for message in messages:
-            content = message["content"].replace(_OPEN, "\ufffd").replace(_CLOSE, "\ufffd")
-            hidden.append({**message, "content": self._control.sub(hide, content) if self._control else content})
-        rendered = self._apply(hidden, generation_prompt)
+        def hidden(value: Any) -> Any:
+            if isinstance(value, str):
+                text = value.replace(_OPEN, "\ufffd").replace(_CLOSE, "\ufffd")
+                return self._control.sub(hide, text) if self._control else text
+            if isinstance(value, Mapping):
+                return {key: hidden(item) for key, item in value.items()}
+            return [hidden(item) for item in value] if isinstance(value, list | tuple) else value
+
+        if tools and not self.takes_tools:
+            raise InvalidArgument.of([Violation("tools", "the model's chat template has no place for tools")], "NO_TOOLS")
+        said = [{key: value if key == "role" else hidden(value) for key, value in message.items()} for message in messages]
+        rendered = self._apply(said, generation_prompt, [hidden(tool) for tool in tools])
         return _reveal(rendered, spelled) if spelled else Prompt(rendered)
 
     def encode(self, text: str) -> list[int]:
@@ -122,9 +140,13 @@ class PromptCodec:
         ids = self._ids(tail, False) if found else []
         return ids[0] if ids and ids[0] in self._tokenizer.added_tokens_decoder else None
 
-    def _apply(self, messages: list[dict[str, str]], generation_prompt: bool) -> str:
+    def _apply(self, messages: list[dict[str, Any]], generation_prompt: bool, tools: list[Any] | None = None) -> str:
         try:
-            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages, tools=tools or None, tokenize=False, add_generation_prompt=generation_prompt
+                )
+            )
         except Exception as error:  # the template decides what it raises
             raise InvalidArgument.of(
                 [Violation("messages", f"the model's chat template refuses this conversation: {str(error)[:300]}")]

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from serving.engines.base import Done, Lanes, Request
-from serving.engines.decoding import Row, choose
+from serving.engines.decoding import Likely, Row, choose, likelihoods
 
 MAX_ROWS = 32  # rows that are generated together
 PREFILL_TOKENS = 16_384  # padded prompt tokens of one batch
@@ -71,6 +71,7 @@ class StaticLanes(Lanes):
         tokens = torch.tensor([[self._pad] * (length - len(row.ids)) + row.ids for row in rows])
         mask = torch.tensor([[0] * (length - len(row.ids)) + [1] * len(row.ids) for row in rows])
         device = self._model.device
+        likely: list[Likely | None] = []
         config = GenerationConfig(
             max_new_tokens=self._max_length - length, do_sample=False, pad_token_id=self._pad, use_cache=True
         )
@@ -78,31 +79,34 @@ class StaticLanes(Lanes):
             input_ids=tokens.to(device),
             attention_mask=mask.to(device),
             generation_config=config,
-            logits_processor=LogitsProcessorList([_Chooser(rows)]),
-            stopping_criteria=StoppingCriteriaList([_Reader(rows, self._end_tokens)]),
+            logits_processor=LogitsProcessorList([_Chooser(rows, likely)]),
+            stopping_criteria=StoppingCriteriaList([_Reader(rows, self._end_tokens, likely)]),
         )
 
 
 class _Chooser(LogitsProcessor):
     """Decides the next tokens, so that each row samples by its own parameters."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[Row], likely: list[Likely | None]) -> None:
         self._rows = rows
+        self._likely = likely
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         chosen = choose(scores, self._rows)
+        self._likely[:] = likelihoods(scores, chosen, self._rows)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
 
 class _Reader(StoppingCriteria):
     """Hands each row its next token and tells which rows are done."""
 
-    def __init__(self, rows: Sequence[Row], end_tokens: frozenset[int]) -> None:
+    def __init__(self, rows: Sequence[Row], end_tokens: frozenset[int], likely: list[Likely | None]) -> None:
         self._rows = rows
         self._end_tokens = end_tokens
+        self._likely = likely
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
+        for row, token, likely in zip(self._rows, input_ids[:, -1].tolist(), self._likely, strict=True):
             if row.finish_reason is None:
-                row.push(token, self._end_tokens)
+                row.push(token, self._end_tokens, likely)
         return torch.tensor([row.finish_reason is not None for row in self._rows], device=input_ids.device)

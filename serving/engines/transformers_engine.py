@@ -13,10 +13,11 @@ from transformers import GenerationConfig
 
 from common.chat import default_template, template_sha256
 from common.errors import InvalidArgument, Violation
-from serving.engines import loading
-from serving.engines.base import Engine, Lanes, Request, Score
+from serving.engines import loading, tool_calls
+from serving.engines.base import Engine, Lanes, Request, SamplingParams, Score
 from serving.engines.choices import Choice, ChoiceScorer
 from serving.engines.decoding import Row
+from serving.engines.grammar import Grammars
 from serving.engines.lanes import ContinuousLanes, fits
 from serving.engines.prompts import PromptCodec
 from serving.engines.static import StaticLanes
@@ -39,10 +40,12 @@ class TransformersEngine(Engine):
         pad = tokenizer.pad_token_id
         self._pad = pad if pad is not None else min(self._end_tokens, default=0)
         self._vocabulary = int(model.get_input_embeddings().num_embeddings)
+        self._grammars = Grammars(tokenizer, self._vocabulary, self._end_tokens)
         forward = model.get_base_model().forward if hasattr(model, "get_base_model") else model.forward
         self._keeps_logits = "logits_to_keep" in inspect.signature(forward).parameters
         self._shares_beginnings = ChoiceScorer.fits(model)
         template = default_template(tokenizer.chat_template)
+        self.tool_style = tool_calls.style_of(template) if self._codec.takes_tools else ""
         self.chat_template_sha256 = template_sha256(template) if template else ""
         self.max_length = max_length
 
@@ -60,13 +63,20 @@ class TransformersEngine(Engine):
         model.generation_config = GenerationConfig()
         return cls(model, tokenizer, loading.context_length(model, tokenizer), ends)
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """Return the prompt for a conversation, as the model's chat template writes it, ready for the answer."""
-        return self._codec.render(messages)
+        return self._codec.render(messages, tools=tools)
 
     def check(self, prompt: str) -> int:
         """Return the number of tokens of `prompt`; raises InvalidArgument where it leaves no room for an answer."""
         return len(self._encode(prompt))
+
+    def check_params(self, params: SamplingParams) -> None:
+        """Raise InvalidArgument where nothing could be generated so: a grammar without sense, or a token that is not there."""
+        self._grammars.matcher(params)
+        if too_large := [token for token, _ in params.logit_bias if token >= self._vocabulary]:
+            why = f"there is no token {too_large[0]}; the model has {self._vocabulary:,}"
+            raise InvalidArgument.of([Violation("logit_bias", why)])
 
     def lanes(self) -> Lanes:
         """Return a running batch, which is empty: by the token where the model's attention allows it, else by the batch."""
@@ -76,7 +86,8 @@ class TransformersEngine(Engine):
         return StaticLanes(self._model, self._row, self._end_tokens, self._pad, self.max_length)
 
     def _row(self, request: Request) -> Row:
-        return Row(request, self._encode(request.prompt), self.max_length, self._decode)
+        ids, matcher = self._encode(request.prompt), self._grammars.matcher(request.params)
+        return Row(request, ids, self.max_length, self._decode, matcher)
 
     @torch.inference_mode()
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:

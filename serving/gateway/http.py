@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from serving.engines.base import Completion
+from serving.engines.base import Completion, Piece
 from serving.gateway.answers import Answer, ChatAnswer, TextAnswer, sse
 from serving.gateway.asked import Asked
 from serving.gateway.auth import authenticate, only_coordinator
@@ -184,7 +184,8 @@ async def _answer(
     endpoint = find_endpoint(parsed.model, key, state.snapshot)
     route = pick_route(endpoint, state.random, parsed.sticky, request.headers)
     version = f"-{route.adapter.name[:12]}" if route.adapter is not None else ""
-    answer = shape(parsed.model, f"fp_{route.app}{version}", parsed.include_usage)
+    tools = [tool["function"]["name"] for tool in ask.tools]
+    answer = shape(parsed.model, f"fp_{route.app}{version}", parsed.include_usage, ask.n, tools)
     name = endpoint.name(route)
     asked = Asked(request, key.project, endpoint.endpoint, route.app, state.traffic.begin(name, route.app))
     ask = replace(ask, trace_parent=asked.traceparent, adapter=route.adapter)
@@ -202,7 +203,7 @@ async def _answer(
             async with asyncio.timeout(state.args.request_timeout_s):
                 completions = await _while_connected(request, state.backend.complete(route.app, ask))
         asked.answered(sum(completion.completion_tokens for completion in completions))
-        return JSONResponse(answer.whole(completions))
+        return JSONResponse(answer.whole(completions, completions[0].calls if ask.tools else ""))
     except BaseException as error:
         asked.failed(error)
         raise
@@ -227,7 +228,7 @@ async def _stream(
         leave()
         await _close(events)
         raise
-    body = _events(events, answer, request.state.request_id, state.args.request_timeout_s, leave, asked)
+    body = _events(first, events, answer, request.state.request_id, state.args.request_timeout_s, leave, asked)
     return _Stream(body, leave, events)
 
 
@@ -248,6 +249,7 @@ class _Stream(StreamingResponse):
 
 
 async def _events(
+    first: Started,
     events: AsyncIterator[Event],
     answer: Answer,
     request_id: str,
@@ -257,17 +259,23 @@ async def _events(
 ) -> AsyncIterator[bytes]:
     """Yield the stream. Only one that came to its end has [DONE]; one that broke ends with an error event."""
     try:
-        for chunk in answer.opening():
+        for chunk in answer.begin(first):
             yield sse(chunk)
-        while True:
+        completions: list[Completion] = []
+        while len(completions) < answer.n:
             with _time_limit():
                 event = await asyncio.wait_for(anext(events), idle_s)
             if isinstance(event, Completion):
-                break
-            if isinstance(event, str):
-                yield sse(answer.text(event))
-        asked.answered(event.completion_tokens)
-        for chunk in answer.closing(event):
+                completions.append(event)
+                chunks = answer.close(event)
+            elif isinstance(event, Piece):
+                chunks = answer.text(event)
+            else:
+                raise RuntimeError("a stream begins but once")
+            for chunk in chunks:
+                yield sse(chunk)
+        asked.answered(sum(completion.completion_tokens for completion in completions))
+        for chunk in answer.closing(sorted(completions, key=lambda completion: completion.index)):
             yield sse(chunk)
         yield sse("[DONE]")
     except Exception as error:

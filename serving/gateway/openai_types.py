@@ -7,12 +7,14 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
-from serving.engines.base import SamplingParams
+from serving.engines.base import MAX_TOP_LOGPROBS, SamplingParams
 from serving.gateway.errors import ApiError, bad_request
 from serving.wire import Ask
 
 MAX_PROMPTS = 128
 MAX_STOPS = 4
+MAX_ANSWERS = 16
+MAX_TOOLS = 128
 
 #: Parameters without effect on the answer: taken and ignored.
 HARMLESS = frozenset(
@@ -23,23 +25,15 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "moderation": (),
     "prediction": (),
-    "presence_penalty": (0,),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
-    "tool_choice": ("none",),
-    "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -56,6 +50,54 @@ class StreamOptions(BaseModel):
     include_obfuscation: StrictBool | None = None
 
 
+class TextFormat(BaseModel):
+    """Any text."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+
+    def schema_text(self) -> str:
+        """What the text has to follow: nothing."""
+        return ""
+
+
+class JsonFormat(BaseModel):
+    """A JSON object."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["json_object"]
+
+    def schema_text(self) -> str:
+        """What the text has to follow."""
+        return '{"type": "object"}'
+
+
+class NamedSchema(BaseModel):
+    """A JSON schema with a name. It is followed in any case, so `strict` changes nothing."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    name: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: StrictStr | None = None
+    schema_: dict[str, Any] = Field(default_factory=lambda: {"type": "object"}, alias="schema")
+    strict: StrictBool | None = None
+
+
+class SchemaFormat(BaseModel):
+    """JSON by a schema."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+    def schema_text(self) -> str:
+        """What the text has to follow."""
+        return json.dumps(self.json_schema.schema_)
+
+
 class _Common(BaseModel):
     """What both kinds of request share."""
 
@@ -65,7 +107,12 @@ class _Common(BaseModel):
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    n: StrictInt | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_ANSWERS)] | None = None
+    top_k: Annotated[StrictInt, Field(ge=0)] | None = None  # not OpenAI's, but everybody else's
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
+    response_format: TextFormat | JsonFormat | SchemaFormat | None = Field(None, discriminator="type")
     stop: StrictStr | list[StrictStr] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
@@ -83,6 +130,11 @@ class _Common(BaseModel):
         """Whether a stream ends with the token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def told_logprobs(self) -> int | None:
+        """How many likely tokens are to be told with each token; None for not even its own likelihood."""
+        raise NotImplementedError
+
     def params(self, max_tokens: int | None) -> SamplingParams:
         """Return how to generate; OpenAI's defaults are temperature 1 and top_p 1."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -96,6 +148,12 @@ class _Common(BaseModel):
             top_p=1.0 if self.top_p is None else self.top_p,
             stop=stop,
             seed=self.seed,
+            top_k=self.top_k or 0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=_biases(self.logit_bias or {}),
+            top_logprobs=self.told_logprobs,
+            json_schema=self.response_format.schema_text() if self.response_format else "",
         )
 
 
@@ -108,20 +166,100 @@ class TextPart(BaseModel):
     text: StrictStr
 
 
-class ChatMessage(BaseModel):
-    """One message of a conversation. `developer` is another word for `system`; tools are not supported."""
+class CalledFunction(BaseModel):
+    """What a call calls."""
 
     model_config = ConfigDict(extra="forbid")
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: StrictStr | list[TextPart]
+    name: StrictStr
+    arguments: StrictStr = "{}"
+
+
+class Called(BaseModel):
+    """A call that the assistant made."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: StrictStr
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ChatMessage(BaseModel):
+    """One message of a conversation. `developer` is another word for `system`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: StrictStr | list[TextPart] | None = None
     name: None = None
     refusal: None = None
+    tool_calls: list[Called] | None = None
+    tool_call_id: StrictStr | None = None
 
-    def plain(self) -> dict[str, str]:
+    def plain(self, place: int) -> dict[str, Any]:
         """Return the message as chat templates take it."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+        where = f"messages[{place}]"
+        if self.tool_calls and self.role != "assistant":
+            raise bad_request(f"'{where}.tool_calls' is for messages of the assistant.", f"{where}.tool_calls")
+        if self.content is None and not self.tool_calls:
+            raise bad_request(f"Missing required parameter: '{where}.content'.", f"{where}.content", "missing_required_parameter")
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "type": "function",
+                    "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments, where)},
+                }
+                for call in self.tool_calls
+            ]
+        return message
+
+
+class Function(BaseModel):
+    """A tool's name, what it is for, and the JSON schema of its arguments."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: StrictStr | None = None
+    parameters: dict[str, Any] | None = None
+    strict: StrictBool | None = None
+
+
+class Tool(BaseModel):
+    """A tool that may be called."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["function"]
+    function: Function
+
+    def plain(self) -> dict[str, Any]:
+        """Return the tool as chat templates take it."""
+        function = self.function
+        return {
+            "type": "function",
+            "function": {
+                "name": function.name,
+                "description": function.description or "",
+                "parameters": function.parameters or {"type": "object", "properties": {}},
+            },
+        }
+
+
+class ChosenFunction(BaseModel):
+    """The name of a tool."""
+
+    name: StrictStr
+
+
+class ToolChoice(BaseModel):
+    """One tool that has to be called."""
+
+    type: Literal["function"]
+    function: ChosenFunction
 
 
 class ChatRequest(_Common):
@@ -129,17 +267,59 @@ class ChatRequest(_Common):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+
+    @property
+    def told_logprobs(self) -> int | None:
+        """How many likely tokens are to be told with each token."""
+        if self.top_logprobs and not self.logprobs:
+            raise bad_request("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     def ask(self) -> Ask:
         """Return what a replica is asked."""
         limits = [limit for limit in (self.max_completion_tokens, self.max_tokens) if limit is not None]
-        return Ask(self.params(min(limits, default=None)), messages=tuple(message.plain() for message in self.messages))
+        return Ask(
+            self.params(min(limits, default=None)),
+            messages=tuple(message.plain(place) for place, message in enumerate(self.messages)),
+            n=self.n or 1,
+            tools=tuple(tool.plain() for tool in self.tools or ()) if self.tool_choice != "none" else (),
+            must_call=self._must_call(),
+        )
+
+    def _must_call(self) -> bool | str:
+        choice = self.tool_choice
+        if choice in (None, "none", "auto"):
+            return False
+        if not self.tools:
+            raise bad_request("'tool_choice' needs 'tools'.", "tool_choice")
+        if self.response_format is not None and self.response_format.schema_text():
+            raise bad_request(
+                "'tool_choice' makes the answer call a tool, which cannot follow a 'response_format' too.", "tool_choice"
+            )
+        if choice == "required":
+            return True
+        assert isinstance(choice, ToolChoice)
+        if choice.function.name not in {tool.function.name for tool in self.tools}:
+            raise bad_request(f"'tool_choice' names {choice.function.name[:64]!r}, which is not among the tools.", "tool_choice")
+        return choice.function.name
 
 
 class CompletionRequest(_Common):
     """POST /v1/completions. Prompts are raw: control tokens in them count as such."""
 
     prompt: StrictStr | list[StrictStr]
+    logprobs: Annotated[StrictInt, Field(ge=0, le=5)] | StrictBool | None = None
+
+    @property
+    def told_logprobs(self) -> int | None:
+        """How many likely tokens are to be told with each token."""
+        if isinstance(self.logprobs, bool):
+            return 0 if self.logprobs else None
+        return self.logprobs
 
     def ask(self) -> Ask:
         """Return what a replica is asked; the default of 16 tokens is OpenAI's."""
@@ -150,7 +330,7 @@ class CompletionRequest(_Common):
             raise bad_request("'prompt' must not be empty.", "prompt")
         if self.stream and len(prompts) > 1:
             raise bad_request("A stream takes one prompt; send several requests, or leave 'stream' out.", "prompt")
-        return Ask(self.params(16 if self.max_tokens is None else self.max_tokens), prompts=prompts)
+        return Ask(self.params(16 if self.max_tokens is None else self.max_tokens), prompts=prompts, n=self.n or 1)
 
 
 Parsed = TypeVar("Parsed", ChatRequest, CompletionRequest)
@@ -190,11 +370,25 @@ def parse(kind: type[Parsed], body: bytes) -> Parsed:
         raise _told(error) from error
     for name, value in (request.model_extra or {}).items():
         _check_extra(name, value)
-    if request.n not in (None, 1):
-        raise bad_request("'n' has to be 1: one answer a request.", "n")
     if request.stream_options is not None and not request.stream:
         raise bad_request("'stream_options' is only allowed with 'stream': true.", "stream_options")
     return request
+
+
+def _biases(given: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    if not all(token.isascii() and token.isdigit() and len(token) < 10 for token in given):
+        raise bad_request("'logit_bias' has to name tokens by their numbers.", "logit_bias")
+    return tuple(sorted((int(token), bias) for token, bias in given.items()))
+
+
+def _arguments(text: str, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise bad_request(f"'{where}.tool_calls' has arguments that are no JSON: {str(error)[:200]}", where) from error
+    if not isinstance(found, dict):
+        raise bad_request(f"'{where}.tool_calls' has arguments that are no JSON object.", where)
+    return found
 
 
 def _check_extra(name: str, value: Any) -> None:

@@ -209,7 +209,7 @@ def test_a_cancelled_request_stops_and_the_others_go_on(engine: Engine) -> None:
         seen.append(text)
         leaver.cancel.set()
 
-    leaver.on_text = leave
+    leaver.on_piece = leave
     left, stayed = engine.run([leaver, stayer])
     assert left.finish_reason == "cancelled"
     assert left.completion_tokens < stayed.completion_tokens

@@ -14,7 +14,7 @@ import pytest
 
 from common.errors import InvalidArgument, LuthierError, ResourceExhausted, Unavailable, Violation
 from luthier.v1.admin_pb2 import Role
-from serving.engines.base import Completion
+from serving.engines.base import Completion, Piece, TokenLogprob
 from serving.gateway.http import GatewayState, create_app
 from serving.gateway.snapshot import Snapshot
 from serving.wire import AdapterRef, Ask, Event, GatewayArgs, Started
@@ -49,6 +49,8 @@ class FakeBackend:
         self.asks: list[tuple[str, Ask]] = []
         self.asked = asyncio.Semaphore(0)
         self.pieces = ["Hé", "llo"]
+        self.calls = ""
+        self.logprobs: tuple[TokenLogprob, ...] = ()
         self.error: BaseException | None = None
         self.fail_after: int | None = None
         self.wait = asyncio.Event()
@@ -72,7 +74,8 @@ class FakeBackend:
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
-        return [Completion("".join(self.pieces), "stop", 7, 3) for _ in ask.prompts or (None,)]
+        count = len(ask.prompts or (None,)) * ask.n
+        return [Completion("".join(self.pieces), "stop", 7, 3, self.logprobs, index, self.calls) for index in range(count)]
 
     async def stream(self, app: str, ask: Ask) -> AsyncIterator[Event]:
         self.asks.append((app, ask))
@@ -81,14 +84,16 @@ class FakeBackend:
             raise self.error
         finished = False
         try:
-            yield Started(7)
-            for index, piece in enumerate(self.pieces):
-                if index == self.fail_after and self.error:
+            yield Started(7, self.calls)
+            for place, piece in enumerate(self.pieces):
+                if place == self.fail_after and self.error:
                     raise self.error
                 await self.wait.wait()
-                yield piece
+                for index in range(ask.n):
+                    yield Piece(piece, self.logprobs, index)
             finished = True
-            yield Completion("".join(self.pieces), "length", 7, 3)
+            for index in range(ask.n):
+                yield Completion("".join(self.pieces), "length", 7, 3, self.logprobs, index)
         finally:
             self.cancelled += not finished
 
@@ -389,3 +394,73 @@ async def test_a_client_that_leaves_ends_the_generation(state: GatewayState, bac
     assert state._in_flight == 0
     if stream:
         assert b"[DONE]" not in b"".join(message.get("body", b"") for message in sent)
+
+
+async def test_several_answers_to_one_prompt(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    body = (await client.post("/v1/chat/completions", json=chat(n=3))).json()
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+    assert body["usage"] == {"prompt_tokens": 7, "completion_tokens": 9, "total_tokens": 16}
+    response = await client.post("/v1/chat/completions", json=chat(n=2, stream=True, stream_options={"include_usage": True}))
+    chunks = events(response.text)
+    assert chunks[-1] == "[DONE]"
+    assert chunks[-2]["usage"] == {"prompt_tokens": 7, "completion_tokens": 6, "total_tokens": 13}
+    texts = dict.fromkeys((0, 1), "")
+    for chunk in chunks[:-2]:
+        (choice,) = chunk["choices"]
+        texts[choice["index"]] += choice["delta"].get("content", "")
+    assert texts == {0: "Héllo", 1: "Héllo"}
+    ends = [chunk["choices"][0] for chunk in chunks[:-2] if chunk["choices"][0]["finish_reason"]]
+    assert [(end["index"], end["finish_reason"]) for end in ends] == [(0, "length"), (1, "length")]
+
+
+async def test_likelihoods_have_openais_shapes(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    backend.logprobs = (TokenLogprob("Hé", -0.5, (("Hé", -0.5), ("x", -float("inf")))),)
+    body = (await client.post("/v1/chat/completions", json=chat(logprobs=True, top_logprobs=2))).json()
+    (told,) = body["choices"][0]["logprobs"]["content"]
+    assert (told["token"], told["logprob"], told["bytes"]) == ("Hé", -0.5, list("Hé".encode()))
+    assert [(top["token"], top["logprob"]) for top in told["top_logprobs"]] == [("Hé", -0.5), ("x", -9999.0)]
+    request = {"model": "tickets", "prompt": "a", "logprobs": 2}
+    plain = (await client.post("/v1/completions", json=request)).json()["choices"][0]["logprobs"]
+    assert plain == {
+        "tokens": ["Hé"],
+        "token_logprobs": [-0.5],
+        "top_logprobs": [{"Hé": -0.5, "x": -9999.0}],
+        "text_offset": [0],
+    }
+
+
+TOOLS = [{"type": "function", "function": {"name": "look_up"}}]
+
+
+@pytest.mark.parametrize(
+    ("calls", "pieces"),
+    [
+        ("hermes", ["I look. ", "<tool", '_call>\n{"name": "look_up", "argu', 'ments": {"id": 7}}\n</tool_call>']),
+        ("llama", ['{"name": "look_up",', ' "parameters": {"id": 7}}']),
+    ],
+)
+async def test_calls_of_tools_are_found_in_the_text(
+    client: httpx.AsyncClient, backend: FakeBackend, calls: str, pieces: list[str]
+) -> None:
+    backend.calls, backend.pieces = calls, pieces
+    (choice,) = (await client.post("/v1/chat/completions", json=chat(tools=TOOLS))).json()["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    assert (choice["finish_reason"], call["type"], call["function"]["name"]) == ("tool_calls", "function", "look_up")
+    assert json.loads(call["function"]["arguments"]) == {"id": 7}
+    chunks = events((await client.post("/v1/chat/completions", json=chat(tools=TOOLS, stream=True))).text)
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks[:-1]]
+    (told,) = [delta["tool_calls"] for delta in deltas if "tool_calls" in delta]
+    assert (told[0]["index"], told[0]["function"]) == (0, call["function"])
+    text = "".join(delta.get("content") or "" for delta in deltas)
+    assert text.strip() == (choice["message"]["content"] or "")
+    assert "tool_call" not in text
+    assert chunks[-2]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+async def test_what_only_looks_like_a_call_stays_text(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    backend.calls, backend.pieces = "llama", ['{"name": "somebody', ' else"}']
+    (choice,) = (await client.post("/v1/chat/completions", json=chat(tools=TOOLS))).json()["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ('{"name": "somebody else"}', "stop")
+    chunks = events((await client.post("/v1/chat/completions", json=chat(tools=TOOLS, stream=True))).text)
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks[:-1])
+    assert text == '{"name": "somebody else"}'

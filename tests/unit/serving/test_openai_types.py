@@ -22,10 +22,15 @@ def refused(kind: type[Any], content: dict[str, Any]) -> ApiError:
     return refusal.value
 
 
+CALL = {"id": "c1", "type": "function", "function": {"name": "look_up", "arguments": '{"id": 7}'}}
+TOOL = {"type": "function", "function": {"name": "look_up", "description": "finds", "parameters": {"type": "object"}}}
+
+
 @pytest.mark.parametrize(
     ("more", "param"),
     [
-        ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
+        ({"n": 17}, "n"),
         ({"n": True}, "n"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
@@ -39,19 +44,28 @@ def refused(kind: type[Any], content: dict[str, Any]) -> ApiError:
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content[0].type"),
-        ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "c"}]}]}, "messages[0].tool_calls[0].function"),
         ({"model": 3}, "model"),
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"tool_choice": "auto"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"logit_bias": {"1": 2}}, "logit_bias"),
-        ({"logprobs": True}, "logprobs"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "tools[0].function.name"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.json_schema"),
+        ({"logit_bias": {"one": 2}}, "logit_bias"),
+        ({"logit_bias": {"1": 200}}, "logit_bias.1"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"logprobs": 0}, "logprobs"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": "much"}, "frequency_penalty"),
+        ({"top_k": -1}, "top_k"),
         ({"best_of": 3}, "best_of"),
         ({"guided_json": {}}, "guided_json"),
     ],
@@ -67,6 +81,33 @@ def test_parameters_that_ask_for_nothing_are_taken() -> None:
     more = {"response_format": {"type": "text"}, "logprobs": False, "metadata": {"a": "b"}, "store": None, "service_tier": "auto"}
     ask = parse(ChatRequest, json.dumps(chat(**nothing, **more)).encode()).ask()
     assert ask == parse(ChatRequest, json.dumps(chat()).encode()).ask()
+
+
+def test_options_reach_the_engine() -> None:
+    more = {"n": 3, "top_k": 5, "presence_penalty": 0.5, "frequency_penalty": -1, "logit_bias": {"7": -100, "3": 1}}
+    told = {"logprobs": True, "top_logprobs": 2}
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    form = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}}
+    ask = parse(ChatRequest, json.dumps(chat(**more, **told, **form)).encode()).ask()
+    params = ask.params
+    assert (ask.n, params.top_k, params.presence_penalty, params.frequency_penalty) == (3, 5, 0.5, -1)
+    assert (params.logit_bias, params.top_logprobs) == (((3, 1.0), (7, -100.0)), 2)
+    assert json.loads(params.json_schema) == schema
+
+
+def test_tools_and_their_answers_reach_the_template() -> None:
+    talk = [
+        {"role": "user", "content": "where is 7?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "c1", "content": "in Oslo"},
+    ]
+    ask = parse(ChatRequest, json.dumps({"model": "m", "messages": talk, "tools": [TOOL], "tool_choice": "auto"}).encode()).ask()
+    assert ask.messages[1]["tool_calls"][0]["function"] == {"name": "look_up", "arguments": {"id": 7}}
+    assert ask.messages[2] == {"role": "tool", "content": "in Oslo"}
+    assert (ask.tools[0]["function"]["name"], ask.must_call) == ("look_up", False)
+    named = {"tool_choice": {"type": "function", "function": {"name": "look_up"}}}
+    assert parse(ChatRequest, json.dumps(chat(tools=[TOOL], **named)).encode()).ask().must_call == "look_up"
+    assert parse(ChatRequest, json.dumps(chat(tools=[TOOL], tool_choice="none")).encode()).ask().tools == ()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from common import tracing
 from common.errors import InvalidArgument, Unavailable
 from serving.batching import Batcher
-from serving.engines.base import Completion, Done, Lanes, Request
+from serving.engines.base import Completion, Done, Lanes, Piece, Request, SamplingParams
 from serving.gateway.http import GatewayState, create_app
 from serving.gateway.snapshot import Snapshot
 from serving.replica import ModelReplica
@@ -30,8 +30,13 @@ class Engine:
     def __init__(self) -> None:
         self.error: BaseException | None = None
 
-    def render(self, messages: Sequence[dict[str, str]]) -> str:
+    tool_style = ""
+
+    def render(self, messages: Sequence[dict[str, str]], tools: Sequence[Any]) -> str:
         return messages[-1]["content"]
+
+    def check_params(self, params: SamplingParams) -> None:
+        return
 
     def check(self, prompt: str) -> int:
         if prompt == "too long":
@@ -62,8 +67,8 @@ class AtOnce(Lanes):
             if self._engine.error is not None:
                 done(self._engine.error)
                 continue
-            if request.on_text:
-                request.on_text(request.prompt[-1])
+            if request.on_piece:
+                request.on_piece(Piece(request.prompt[-1]))
             done(Completion(request.prompt[-1], "stop", 1, 5))
         if self._engine.error is not None:
             raise self._engine.error
