@@ -182,4 +182,6 @@ def key(row: tables.ApiKey) -> admin_pb2.Key:
         revoke_time=stamp(row.revoke_time),
         scopes=row.scopes,
         member=row.member,
+        requests_per_minute=row.requests_per_minute,
+        tokens_per_minute=row.tokens_per_minute,
     )

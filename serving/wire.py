@@ -74,6 +74,8 @@ class GatewayArgs:
     max_body_bytes: int = 4 * 2**20
     max_in_flight: int = 512
     request_timeout_s: float = 600.0
+    cache_bytes: int = 64 * 2**20  # of answers that are kept; 0 keeps none
+    cache_seconds: float = 3600.0
     names_requests: bool = False  # Serve's proxy writes x-request-id on every answer itself
 
     @classmethod

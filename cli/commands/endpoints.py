@@ -55,6 +55,11 @@ def deploy(
     min_replicas: Annotated[int, typer.Option(help="Replicas that are always there; 1 where absent.")] = 0,
     max_replicas: Annotated[int, typer.Option(help="Most replicas; the same as --min-replicas where absent.")] = 0,
     target_requests: Annotated[float, typer.Option(help="Requests in progress per replica that scaling aims at.")] = 0,
+    scale_to_zero: Annotated[
+        bool,
+        typer.Option("--scale-to-zero", help="Let all replicas go when nobody asks; the next request starts one."),
+    ] = False,
+    idle_seconds: Annotated[float | None, typer.Option(help="Seconds of little to do after which replicas go; 300.")] = None,
     cpus: Annotated[float | None, typer.Option(help="Logical CPUs that each replica holds; 0.5 where absent.")] = None,
     gpus: Annotated[float | None, typer.Option(help="GPUs that each replica holds.")] = None,
     canary: Annotated[
@@ -79,6 +84,9 @@ def deploy(
         desired.autoscaling.CopyFrom(
             Autoscaling(min_replicas=min_replicas, max_replicas=max_replicas, target_ongoing_requests=target_requests)
         )
+    desired.autoscaling.scale_to_zero = scale_to_zero
+    if idle_seconds is not None:
+        desired.autoscaling.downscale_seconds = idle_seconds
     if cpus is not None or gpus is not None:
         desired.resources.CopyFrom(ReplicaResources(cpus=cpus, gpus=gpus))
     wishes = {

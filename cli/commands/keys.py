@@ -45,10 +45,13 @@ def create(
         ),
     ] = None,
     member: Annotated[str, typer.Option(help="Whose it is: it may do no more than the member, and ends when that leaves.")] = "",
+    requests_per_minute: Annotated[int, typer.Option(min=0, help="Requests to endpoints in a minute; 0 for any number.")] = 0,
+    tokens_per_minute: Annotated[int, typer.Option(min=0, help="Tokens at endpoints in a minute; 0 for any number.")] = 0,
 ) -> None:
     """Make a key of a project (--project). Its secret is shown now and never again."""
     wanted = Role.Value(f"ROLE_{role.value.upper()}")
     key = Key(display_name=name or role.value, role=wanted, scopes=scope, member=member)
+    key.requests_per_minute, key.tokens_per_minute = requests_per_minute, tokens_per_minute
     if expires_in:
         key.expire_time.FromDatetime(datetime.now(UTC) + timedelta(seconds=duration(expires_in, "--expires-in")))
     answer = cli.client.admin.CreateKey(admin_pb2.CreateKeyRequest(parent=cli.client.parent, key=key))

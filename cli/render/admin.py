@@ -57,9 +57,15 @@ def _rank(status: GetStatusResponse) -> str:
     )
 
 
+def _limits(key: Key) -> str:
+    """What it may ask of endpoints in a minute."""
+    kinds = (("requests", key.requests_per_minute), ("tokens", key.tokens_per_minute))
+    return ", ".join(f"{most} {kind}/min" for kind, most in kinds if most)
+
+
 def keys_table(keys: Iterable[Key]) -> Table:
     """Keys, one a row."""
-    table = plain_table("key", "for", "member", "role", "scopes", "made", "expires", "revoked")
+    table = plain_table("key", "for", "member", "role", "scopes", "limits", "made", "expires", "revoked")
     for key in keys:
         table.add_row(
             short_name(key.name),
@@ -67,6 +73,7 @@ def keys_table(keys: Iterable[Key]) -> Table:
             key.member,
             enum_text(Role.Name(key.role), "ROLE_"),
             ", ".join(key.scopes) or "all",
+            _limits(key),
             ago(key.create_time),
             when(key.expire_time) or "never",
             when(key.revoke_time),

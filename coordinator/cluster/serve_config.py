@@ -43,18 +43,22 @@ class ModelApp:
     max_replicas: int = 1
     target_ongoing_requests: float = 4.0
     chat_template_sha256: str = ""  # as on record, for the replicas to compare
+    upscale_s: float = 10.0
+    downscale_s: float = 300.0
 
     def __post_init__(self) -> None:
         # Numbers of proto and database come as int or float; the name must not depend on which.
-        for name in ("cpus", "gpus", "target_ongoing_requests"):
+        for name in ("cpus", "gpus", "target_ongoing_requests", "upscale_s", "downscale_s"):
             object.__setattr__(self, name, float(getattr(self, name)))
 
     @property
     def name(self) -> str:
         """Name of the Serve application: stable, and another one for anything that replicas cannot change as they run."""
         fields = asdict(self)
-        if not self.chat_template_sha256:
-            del fields["chat_template_sha256"]  # endpoints from before it was known keep their replicas
+        # Endpoints from before these were known keep their replicas.
+        for known_later in ("chat_template_sha256", "upscale_s", "downscale_s"):
+            if fields[known_later] == type(self).__dataclass_fields__[known_later].default:
+                del fields[known_later]
         text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return f"m-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
@@ -69,6 +73,8 @@ class KeyEntry:
     role: str  # query, viewer, editor or admin, with or without the prefix ROLE_
     expire_time: float | None = None  # seconds since 1970
     scopes: Sequence[str] = ()  # none: whatever the role allows
+    requests_per_minute: int = 0  # 0: as many as it likes
+    tokens_per_minute: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,8 @@ class Snapshot:
                 "role": key.role,
                 "expire_time": key.expire_time,
                 "scopes": sorted(key.scopes),
+                "requests_per_minute": key.requests_per_minute,
+                "tokens_per_minute": key.tokens_per_minute,
             }
             for key in sorted(self.keys, key=lambda key: key.token_sha256)
         }
@@ -244,11 +252,15 @@ def _model(gateway: GatewaySpec, name: str, app: ModelApp) -> dict[str, Any]:
                 "name": "Model",
                 "autoscaling_config": {
                     "min_replicas": app.min_replicas,
-                    "initial_replicas": app.min_replicas,
+                    # One that may go to none shows first that it can start.
+                    "initial_replicas": max(1, app.min_replicas),
                     "max_replicas": app.max_replicas,
                     "target_ongoing_requests": app.target_ongoing_requests,
-                    "upscale_delay_s": 10.0,
-                    "downscale_delay_s": 300.0,
+                    "upscale_delay_s": app.upscale_s,
+                    "downscale_delay_s": app.downscale_s,
+                    # What is averaged must not reach further back than what is waited for.
+                    "look_back_period_s": (looking := min(30.0, max(2.0, app.downscale_s))),
+                    "metrics_interval_s": min(10.0, looking / 2),
                 },
                 # Twice the target: a replica keeps a batch waiting while scaling catches up.
                 "max_ongoing_requests": max(16, math.ceil(2 * app.target_ongoing_requests)),

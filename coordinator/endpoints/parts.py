@@ -38,11 +38,19 @@ class View:
     report: GatewayReport | None = None
 
     def ready(self, part: Part) -> bool:
-        """Whether a route could answer."""
+        """Whether a route could answer, by a replica that it has or, where it may sleep, by one that the request starts."""
         app = self.status.get(part.app.name)
-        if app is None or not app.ready:
+        if app is None or not (app.ready or self.asleep(part)):
             return False
         return part.adapter is None or self._said(part) == ""
+
+    def asleep(self, part: Part) -> bool:
+        """Whether a route's application runs without any replica, as it may when nobody asks: the next request starts one.
+
+        Serve says RUNNING once the first replica was there, so that it has shown that it can start.
+        """
+        app = self.status.get(part.app.name)
+        return part.app.min_replicas == 0 and app is not None and app.state == "RUNNING" and app.ready_replicas == 0
 
     def unknown(self, part: Part) -> bool:
         """Whether the application of a route is ready, but nobody has said whether its adapter applies."""
@@ -85,9 +93,11 @@ def _part(desired: endpoint_pb2.Endpoint, route: endpoint_pb2.Route, artifact: M
         chat_template_sha256="" if base.get("uri") else template,
         cpus=desired.resources.cpus,
         gpus=desired.resources.gpus,
-        min_replicas=desired.autoscaling.min_replicas,
+        min_replicas=0 if desired.autoscaling.scale_to_zero else desired.autoscaling.min_replicas,
         max_replicas=desired.autoscaling.max_replicas,
         target_ongoing_requests=desired.autoscaling.target_ongoing_requests,
+        upscale_s=desired.autoscaling.upscale_seconds if desired.autoscaling.HasField("upscale_seconds") else 10.0,
+        downscale_s=desired.autoscaling.downscale_seconds if desired.autoscaling.HasField("downscale_seconds") else 300.0,
     )
     adapter = AdapterEntry(artifact["uri"], artifact["content_hash"], template) if base.get("uri") else None
     return Part(route, app, adapter)

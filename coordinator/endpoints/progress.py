@@ -74,7 +74,7 @@ def announced(row: tables.Endpoint) -> tuple[RouteEntry, ...]:
 def claim(*documents: Mapping[str, Any]) -> Demand:
     """What the applications of some desired states hold at their least; those that are shared count once."""
     apps = {part.app.name: part.app for document in documents for part in parts_of(document)}
-    return sum((Demand(app.cpus, app.gpus).times(app.min_replicas) for app in apps.values()), Demand())
+    return sum((Demand(app.cpus, app.gpus).times(app.min_replicas) for app in apps.values()), Demand())  # asleep it holds nothing
 
 
 def advance(row: tables.Endpoint, view: View, led: bool, moment: datetime) -> bool:

@@ -250,7 +250,8 @@ def _aliases(project: str, served: set[str], known: Mapping[str, Mapping[str, st
 def _key(row: tables.ApiKey) -> KeyEntry:
     role = admin_pb2.Role.Name(admin_pb2.Role.ValueType(row.role))
     expires = row.expire_time.timestamp() if row.expire_time else None
-    return KeyEntry(row.token_sha256, row.project_id, row.id, role, expires, row.scopes)
+    limits = (row.requests_per_minute, row.tokens_per_minute)
+    return KeyEntry(row.token_sha256, row.project_id, row.id, role, expires, row.scopes, *limits)
 
 
 def _read(session: Session) -> Records:

@@ -72,6 +72,9 @@ class AdminService(ProjectCalls, BackupCalls, admin_pb2_grpc.AdminServiceService
         bad += [Violation(field, why) for field, why in said if why]
         if len(key.scopes) > scopes.MOST:
             bad.append(Violation("key.scopes", f"{len(key.scopes)} scopes; {scopes.MOST} are the most"))
+        for name in ("requests_per_minute", "tokens_per_minute"):
+            if getattr(key, name) < 0:
+                bad.append(Violation(f"key.{name}", f"{getattr(key, name)} is negative; 0 is no limit"))
         if bad:
             raise InvalidArgument.of(bad)
         not_above(who, key.role, "key.role", "makes")
@@ -87,6 +90,8 @@ class AdminService(ProjectCalls, BackupCalls, admin_pb2_grpc.AdminServiceService
             expire_time=expires,
             scopes=sorted(set(key.scopes)),
             member=check_id(key.member, "key.member") if key.member else "",
+            requests_per_minute=key.requests_per_minute,
+            tokens_per_minute=key.tokens_per_minute,
         )
 
         def work(session: Session) -> None:

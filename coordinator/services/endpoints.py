@@ -320,6 +320,11 @@ def check(sent: endpoint_pb2.Endpoint, cluster_has_gpus: bool) -> endpoint_pb2.E
     if not scaling.min_replicas <= scaling.max_replicas <= MAX_REPLICAS:
         why = f"{scaling.max_replicas} is not between min_replicas ({scaling.min_replicas}) and {MAX_REPLICAS}"
         bad.append(Violation("endpoint.autoscaling.max_replicas", why))
+    if scaling.scale_to_zero and scaling.min_replicas > 1:
+        bad.append(Violation("endpoint.autoscaling.scale_to_zero", f"cannot be with min_replicas {scaling.min_replicas}"))
+    for name in ("upscale_seconds", "downscale_seconds"):
+        if not 0 <= getattr(scaling, name) <= 86_400:
+            bad.append(Violation(f"endpoint.autoscaling.{name}", f"{getattr(scaling, name)} is not between 0 and 86400"))
     if not 0 < scaling.target_ongoing_requests < math.inf:
         why = f"{scaling.target_ongoing_requests} is not a finite number above 0"
         bad.append(Violation("endpoint.autoscaling.target_ongoing_requests", why))

@@ -106,6 +106,9 @@ class ApiKey(SQLModel, table=True):
     scopes: list[str] = _json(list)
     # Whose it is; nobody's where empty. The name outlives the membership, with which the key is revoked.
     member: str = ""
+    # At endpoints; 0 is no limit.
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
 
 
 class Member(SQLModel, table=True):

@@ -55,9 +55,9 @@ class Answer:
         """Return the chunks before the first text."""
         return []
 
-    def whole(self, completions: Sequence[Completion], calls: str = "") -> dict[str, Any]:
+    def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """Return the answer in one piece."""
-        choices = [self._choice(completion, calls) for completion in completions]
+        choices = [self._choice(completion) for completion in completions]
         return {**self._head(self.KIND), "choices": choices, "usage": usage(completions, self.n)}
 
     def text(self, piece: Piece) -> list[dict[str, Any]]:
@@ -87,7 +87,7 @@ class Answer:
         chunk = {**self._head(self.CHUNK_KIND), "choices": [choice]}
         return {**chunk, "usage": None} if self.include_usage else chunk
 
-    def _choice(self, completion: Completion, calls: str) -> dict[str, Any]:
+    def _choice(self, completion: Completion) -> dict[str, Any]:
         raise NotImplementedError
 
 
@@ -132,7 +132,8 @@ class ChatAnswer(Answer):
                 reason = "tool_calls"
         return [*chunks, self._delta(completion.index, {}, reason)]
 
-    def _choice(self, completion: Completion, calls: str) -> dict[str, Any]:
+    def _choice(self, completion: Completion) -> dict[str, Any]:
+        calls = completion.calls
         message: dict[str, Any] = {"role": "assistant", "content": completion.text, "refusal": None}
         reason: str = completion.finish_reason
         if calls:
@@ -169,7 +170,7 @@ class TextAnswer(Answer):
         reason = completion.finish_reason
         return [self._chunk({"index": completion.index, "text": "", "logprobs": None, "finish_reason": reason})]
 
-    def _choice(self, completion: Completion, calls: str) -> dict[str, Any]:
+    def _choice(self, completion: Completion) -> dict[str, Any]:
         return {
             "index": completion.index,
             "text": completion.text,

@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from serving.engines.base import Completion, Piece
-from serving.gateway.answers import Answer, ChatAnswer, TextAnswer, sse
+from serving.gateway.answers import Answer, ChatAnswer, TextAnswer, sse, usage
 from serving.gateway.asked import Asked
 from serving.gateway.auth import authenticate, only_coordinator
+from serving.gateway.cache import HEADER, AnswerCache
 from serving.gateway.errors import ApiError, from_exception, overloaded
+from serving.gateway.exposition import exposition
+from serving.gateway.limits import Limits
 from serving.gateway.openai_types import ChatRequest, CompletionRequest, parse, parse_feedback
 from serving.gateway.readiness import Readiness
 from serving.gateway.routing import find_endpoint, pick_route, shadows
@@ -27,6 +31,8 @@ from serving.gateway.traffic import Traffic
 from serving.wire import AdapterRef, Ask, Event, GatewayArgs, Started
 
 Result = TypeVar("Result")
+
+STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 MAX_COPIES = 16
 """Requests that shadows have at a time."""
@@ -58,6 +64,8 @@ class GatewayState:
         self.random = random.Random(seed)
         self.traffic = Traffic()
         self.readiness = Readiness(backend.prepare)
+        self.cache = AnswerCache(args.cache_bytes, args.cache_seconds)
+        self.limits = Limits()
         self._in_flight = 0
         self._copies: set[asyncio.Task[None]] = set()
 
@@ -132,6 +140,14 @@ def create_app(state: GatewayState) -> FastAPI:
         adapters = state.readiness.look(state.snapshot.adapters())
         return {"version": state.snapshot.version, "adapters": adapters, **state.traffic.told()}
 
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        key = caller(request)
+        if key.role == "query":
+            raise ApiError(403, "Metrics need a key with the role viewer or more.", "insufficient_role", kind="permission_error")
+        project = "" if key.role == "operator" else key.project
+        return Response(exposition(state.traffic, state.cache, state.limits, project), media_type=CONTENT_TYPE_LATEST)
+
     @app.post("/v1/feedback")
     async def feedback(request: Request) -> dict[str, Any]:
         key = caller(request)
@@ -182,28 +198,43 @@ async def _answer(
 ) -> Response:
     ask = parsed.ask()
     endpoint = find_endpoint(parsed.model, key, state.snapshot)
+    told = state.limits.enter(key)
     route = pick_route(endpoint, state.random, parsed.sticky, request.headers)
-    version = f"-{route.adapter.name[:12]}" if route.adapter is not None else ""
+    ask = replace(ask, adapter=route.adapter)
+    version = f"{route.app}-{route.adapter.name[:12]}" if route.adapter is not None else route.app
     tools = [tool["function"]["name"] for tool in ask.tools]
-    answer = shape(parsed.model, f"fp_{route.app}{version}", parsed.include_usage, ask.n, tools)
+    answer = shape(parsed.model, f"fp_{version}", parsed.include_usage, ask.n, tools)
+    cached = state.cache.key(key.project, f"{route.app}/{route.adapter.name if route.adapter else ''}", ask, request.headers)
     name = endpoint.name(route)
+    if (kept := state.cache.get(cached)) is not None:
+        state.limits.spend(key, _tokens(kept, ask.n))
+        state.traffic.remember(key.project, name, request.state.request_id, answer.whole_id)
+        return _kept(answer, kept, parsed.stream, told | {HEADER: "hit"})
+    if cached:
+        told |= {HEADER: "miss"}
     asked = Asked(request, key.project, endpoint.endpoint, route.app, state.traffic.begin(name, route.app))
-    ask = replace(ask, trace_parent=asked.traceparent, adapter=route.adapter)
+    ask = replace(ask, trace_parent=asked.traceparent)
     try:
         leave = asked.until(state.enter())
-    except ApiError as error:
+    except ApiError:
         asked.dropped()
-        raise error
+        raise
     state.traffic.remember(key.project, name, request.state.request_id, answer.whole_id)
     state.copy(endpoint, ask)
+
+    def done(completions: Sequence[Completion]) -> None:
+        asked.answered(sum(completion.completion_tokens for completion in completions))
+        state.limits.spend(key, _tokens(completions, ask.n))
+        state.cache.put(cached, completions)
+
     try:
         if parsed.stream:
-            return await _stream(state, request, route.app, ask, answer, leave, asked)
+            return await _stream(state, request, route.app, ask, answer, leave, asked, done, told)
         with _time_limit():
             async with asyncio.timeout(state.args.request_timeout_s):
                 completions = await _while_connected(request, state.backend.complete(route.app, ask))
-        asked.answered(sum(completion.completion_tokens for completion in completions))
-        return JSONResponse(answer.whole(completions, completions[0].calls if ask.tools else ""))
+        done(completions)
+        return JSONResponse(answer.whole(completions), headers=told)
     except BaseException as error:
         asked.failed(error)
         raise
@@ -212,8 +243,38 @@ async def _answer(
             leave()
 
 
+def _tokens(completions: Sequence[Completion], n: int) -> int:
+    return usage(completions, n)["total_tokens"]
+
+
+def _kept(answer: Answer, completions: Sequence[Completion], stream: bool | None, headers: dict[str, str]) -> Response:
+    """An answer out of the cache, as a whole or as a stream of few events."""
+    if not stream:
+        return JSONResponse(answer.whole(completions), headers=headers)
+
+    def chunks() -> Iterator[bytes]:
+        for chunk in answer.begin(Started(completions[0].prompt_tokens, completions[0].calls)):
+            yield sse(chunk)
+        for each in completions:
+            for chunk in [*answer.text(Piece(each.text, each.logprobs, each.index)), *answer.close(each)]:
+                yield sse(chunk)
+        for chunk in answer.closing(completions):
+            yield sse(chunk)
+        yield sse("[DONE]")
+
+    return StreamingResponse(chunks(), media_type="text/event-stream", headers={**STREAM_HEADERS, **headers})
+
+
 async def _stream(
-    state: GatewayState, request: Request, app: str, ask: Ask, answer: Answer, leave: Callable[[], None], asked: Asked
+    state: GatewayState,
+    request: Request,
+    app: str,
+    ask: Ask,
+    answer: Answer,
+    leave: Callable[[], None],
+    asked: Asked,
+    done: Callable[[Sequence[Completion]], None],
+    told: dict[str, str],
 ) -> Response:
     """Wait for the replica to accept the request, so that a refusal still has its status, then stream."""
     events = state.backend.stream(app, ask)
@@ -228,15 +289,17 @@ async def _stream(
         leave()
         await _close(events)
         raise
-    body = _events(first, events, answer, request.state.request_id, state.args.request_timeout_s, leave, asked)
-    return _Stream(body, leave, events)
+    body = _events(first, events, answer, request.state.request_id, state.args.request_timeout_s, leave, asked, done)
+    return _Stream(body, leave, events, told)
 
 
 class _Stream(StreamingResponse):
     """Server-sent events; cleans up also where the client left before the first of them."""
 
-    def __init__(self, body: AsyncIterator[bytes], leave: Callable[[], None], events: AsyncIterator[Event]) -> None:
-        super().__init__(body, media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+    def __init__(
+        self, body: AsyncIterator[bytes], leave: Callable[[], None], events: AsyncIterator[Event], told: dict[str, str]
+    ) -> None:
+        super().__init__(body, media_type="text/event-stream", headers={**STREAM_HEADERS, **told})
         self._leave = leave
         self._events = events
 
@@ -256,6 +319,7 @@ async def _events(
     idle_s: float,
     leave: Callable[[], None],
     asked: Asked,
+    done: Callable[[Sequence[Completion]], None],
 ) -> AsyncIterator[bytes]:
     """Yield the stream. Only one that came to its end has [DONE]; one that broke ends with an error event."""
     try:
@@ -274,8 +338,9 @@ async def _events(
                 raise RuntimeError("a stream begins but once")
             for chunk in chunks:
                 yield sse(chunk)
-        asked.answered(sum(completion.completion_tokens for completion in completions))
-        for chunk in answer.closing(sorted(completions, key=lambda completion: completion.index)):
+        completions = [replace(each, calls=first.calls) for each in sorted(completions, key=lambda each: each.index)]
+        done(completions)
+        for chunk in answer.closing(completions):
             yield sse(chunk)
         yield sse("[DONE]")
     except Exception as error:

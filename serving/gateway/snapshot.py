@@ -22,6 +22,8 @@ class Key:
     role: str
     expire_time: float | None = None
     scopes: frozenset[str] = frozenset()  # empty: whatever the role allows
+    requests_per_minute: int = 0  # 0: as many as it likes
+    tokens_per_minute: int = 0
 
     def may_query(self, endpoint: str) -> bool:
         """Whether its scopes allow to query an endpoint."""
@@ -73,10 +75,7 @@ class Snapshot:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Snapshot:
         """Read Serve's user_config; raises ValueError or KeyError where it is malformed, and Serve keeps the previous one."""
-        keys = {
-            digest: Key(key["project"], key["key"], _role(key["role"]), key.get("expire_time"), frozenset(key.get("scopes", ())))
-            for digest, key in config.get("keys", {}).items()
-        }
+        keys = {digest: _key(key) for digest, key in config.get("keys", {}).items()}
         endpoints = {}
         for entry in config.get("endpoints", ()):
             routes = tuple(_route(route) for route in entry["routes"])
@@ -104,6 +103,18 @@ class Snapshot:
     def names(self) -> frozenset[str]:
         """Return what the counts of all routes are found by."""
         return frozenset(endpoint.name(route) for endpoint in self.endpoints.values() for route in endpoint.routes)
+
+
+def _key(entry: Mapping[str, Any]) -> Key:
+    return Key(
+        entry["project"],
+        entry["key"],
+        _role(entry["role"]),
+        entry.get("expire_time"),
+        frozenset(entry.get("scopes", ())),
+        int(entry.get("requests_per_minute", 0)),
+        int(entry.get("tokens_per_minute", 0)),
+    )
 
 
 def _route(entry: Mapping[str, Any]) -> Route:

@@ -115,6 +115,10 @@ class Traffic:
         """Forget routes that are no more."""
         self._routes = {name: counts for name, counts in self._routes.items() if name in names}
 
+    def routes(self) -> list[tuple[str, RouteCounts]]:
+        """The counts by `project/endpoint/model_version`."""
+        return sorted(self._routes.items())
+
     def told(self) -> Mapping[str, Any]:
         """All of it, for the coordinator."""
         routes = {name: vars(counts) for name, counts in self._routes.items()}

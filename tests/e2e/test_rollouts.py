@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from luthier.client import Client
+from luthier.client.errors import NotFound
 from luthier.v1 import endpoint_pb2
 from tests.integration.serving.conftest import build_micro_llama
 from tests.support.stack import Stack
@@ -33,7 +35,8 @@ def versions(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         uploaded = client.upload_model(build_micro_llama(folder / str(number), seed, positions), "desk")
         made.append("@".join(uploaded.name.split("/")[3::2]))
     yield made
-    client.delete_endpoint("desk")
+    with contextlib.suppress(NotFound):
+        client.delete_endpoint("desk")
     client.wait_gone("desk", 120)
 
 
@@ -68,7 +71,8 @@ class Load:
                 await client.post(f"{self.url}/feedback", json=rating)
 
     async def run(self, until: asyncio.Task[None]) -> None:
-        headers = {"authorization": f"Bearer {self.token}"}
+        # Answers out of the cache would say nothing about who answers.
+        headers = {"authorization": f"Bearer {self.token}", "x-luthier-cache": "off"}
         limits = httpx.Limits(max_connections=CLIENTS + 10, max_keepalive_connections=CLIENTS)
         async with httpx.AsyncClient(headers=headers, timeout=60, limits=limits) as client:
             clients = [asyncio.create_task(self.ask(client, number)) for number in range(CLIENTS)]
@@ -167,3 +171,21 @@ def test_a_new_version_takes_over_under_load_and_no_request_fails(stack: Stack, 
     load = asyncio.run(run())
     assert set(load.statuses) == {"fine"}, load.statuses
     assert len(load.answered) == 2
+
+
+def test_all_replicas_go_and_the_next_request_brings_one(stack: Stack, client: Client, versions: list[str]) -> None:
+    wanted = endpoint_pb2.Endpoint(routes=[endpoint_pb2.Route(model_version=versions[0])])
+    wanted.resources.cpus = 0.2
+    wanted.autoscaling.MergeFrom(endpoint_pb2.Autoscaling(scale_to_zero=True, downscale_seconds=5))
+    client.deploy_endpoint("sleepy", wanted)
+    client.wait_ready("sleepy", 180)
+    deadline = time.monotonic() + 90
+    while client.get_endpoint("sleepy").routes[0].ready_replicas:
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    assert client.get_endpoint("sleepy").state == endpoint_pb2.ENDPOINT_STATE_READY
+    headers = {"authorization": f"Bearer {stack.token}", "x-luthier-cache": "off"}
+    answer = httpx.post(f"{stack.gateway_url}/chat/completions", json={**PROMPT, "model": "sleepy"}, headers=headers, timeout=90)
+    assert answer.status_code == 200, answer.text
+    client.delete_endpoint("sleepy")
+    client.wait_gone("sleepy", 120)

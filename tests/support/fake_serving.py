@@ -22,6 +22,7 @@ class FakeServing:
         self.ready: dict[str, int] = {}
         self.broken: dict[str, str] = {}
         self.unfit: dict[str, str] = {}
+        self.asleep: set[str] = set()
         self.knows: dict[str, Any] = {}
         self.started = "first"
         self.in_flight: dict[str, int] = {}
@@ -46,12 +47,17 @@ class FakeServing:
                 self.knows = app["deployments"][0]["user_config"]
                 self.ready[GATEWAY_APP] = 1
             elif app["name"] != GATEWAY_APP and models and app["name"] not in self.broken:
-                self.ready[app["name"]] = app["deployments"][0]["autoscaling_config"]["min_replicas"]
+                least = app["deployments"][0]["autoscaling_config"]["min_replicas"]
+                self.ready[app["name"]] = least
+                # One that may go to none is not there at first, and then goes.
+                if not least and self.ray.details.get("applications", {}).get(app["name"], {}).get("status") == "RUNNING":
+                    self.asleep.add(app["name"])
         self.ray.details = {"applications": {name: self._app(name) for name in wanted}}
 
     def _app(self, name: str) -> dict[str, Any]:
         replicas = [{"state": "RUNNING"}] * self.ready.get(name, 0)
-        state = "DEPLOY_FAILED" if name in self.broken else "RUNNING" if replicas else "DEPLOYING"
+        up = bool(replicas) or name in self.asleep
+        state = "DEPLOY_FAILED" if name in self.broken else "RUNNING" if up else "DEPLOYING"
         return {"status": state, "message": self.broken.get(name, ""), "deployments": {"x": {"replicas": replicas}}}
 
     def report(self) -> GatewayReport | None:

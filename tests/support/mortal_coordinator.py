@@ -49,7 +49,8 @@ class MortalCoordinator(CoordinatorProcess):
         """Wait for it to stop at a point, and return which; empty where it did not within the time."""
         if not select.select([self._pipe], [], [], seconds)[0]:
             return ""
-        told = json.loads(os.read(self._pipe, 4096))
+        # Two of its threads may come by at once; it stops for both, and dies but once.
+        told = json.loads(os.read(self._pipe, 4096).splitlines()[0])
         assert told["pid"] == self.pid
         while psutil.Process(self.pid).status() != psutil.STATUS_STOPPED:
             time.sleep(0.001)

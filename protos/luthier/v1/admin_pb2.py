@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from luthier.v1 import job_pb2 as luthier_dot_v1_dot_job__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16luthier/v1/admin.proto\x12\nluthier.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14luthier/v1/job.proto\"C\n\tResources\x12\x11\n\x04\x63pus\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04gpus\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\x07\n\x05_cpusB\x07\n\x05_gpus\"\x9b\x03\n\x07Project\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x12\n\x05share\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12$\n\x05quota\x18\x04 \x01(\x0b\x32\x15.luthier.v1.Resources\x12$\n\x05limit\x18\x05 \x01(\x0b\x32\x15.luthier.v1.Resources\x12\"\n\x06\x62udget\x18\x06 \x01(\x0b\x32\x12.luthier.v1.Budget\x12#\n\x04held\x18\x07 \x01(\x0b\x32\x15.luthier.v1.Resources\x12 \n\x05usage\x18\x08 \x01(\x0b\x32\x11.luthier.v1.Usage\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\n \x01(\t\x12+\n\x04jobs\x18\x0b \x03(\x0b\x32\x1d.luthier.v1.Project.JobsEntry\x1a+\n\tJobsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x42\x08\n\x06_share\"P\n\x14\x43reateProjectRequest\x12\x12\n\nproject_id\x18\x01 \x01(\t\x12$\n\x07project\x18\x02 \x01(\x0b\x32\x13.luthier.v1.Project\"=\n\x15\x43reateProjectResponse\x12$\n\x07project\x18\x01 \x01(\x0b\x32\x13.luthier.v1.Project\"!\n\x11GetProjectRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x12GetProjectResponse\x12$\n\x07project\x18\x01 \x01(\x0b\x32\x13.luthier.v1.Project\"<\n\x13ListProjectsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"V\n\x14ListProjectsResponse\x12%\n\x08projects\x18\x01 \x03(\x0b\x32\x13.luthier.v1.Project\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"{\n\x14UpdateProjectRequest\x12$\n\x07project\x18\x01 \x01(\x0b\x32\x13.luthier.v1.Project\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\"=\n\x15UpdateProjectResponse\x12$\n\x07project\x18\x01 \x01(\x0b\x32\x13.luthier.v1.Project\"\xfc\x01\n\x03Key\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x1e\n\x04role\x18\x03 \x01(\x0e\x32\x10.luthier.v1.Role\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brevoke_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06scopes\x18\x07 \x03(\t\x12\x0e\n\x06member\x18\x08 \x01(\t\"@\n\x10\x43reateKeyRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x1c\n\x03key\x18\x02 \x01(\x0b\x32\x0f.luthier.v1.Key\"@\n\x11\x43reateKeyResponse\x12\x1c\n\x03key\x18\x01 \x01(\x0b\x32\x0f.luthier.v1.Key\x12\r\n\x05token\x18\x02 \x01(\t\"H\n\x0fListKeysRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"J\n\x10ListKeysResponse\x12\x1d\n\x04keys\x18\x01 \x03(\x0b\x32\x0f.luthier.v1.Key\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x10RevokeKeyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"1\n\x11RevokeKeyResponse\x12\x1c\n\x03key\x18\x01 \x01(\x0b\x32\x0f.luthier.v1.Key\"\x12\n\x10GetStatusRequest\"\xeb\x02\n\x11GetStatusResponse\x12\x32\n\x0b\x63oordinator\x18\x01 \x01(\x0b\x32\x1d.luthier.v1.CoordinatorStatus\x12*\n\x07gateway\x18\x02 \x01(\x0b\x32\x19.luthier.v1.GatewayStatus\x12\"\n\x03ray\x18\x03 \x01(\x0b\x32\x15.luthier.v1.RayStatus\x12\x35\n\x04jobs\x18\x04 \x03(\x0b\x32\'.luthier.v1.GetStatusResponse.JobsEntry\x12=\n\x08versions\x18\x05 \x03(\x0b\x32+.luthier.v1.GetStatusResponse.VersionsEntry\x1a+\n\tJobsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xb7\x01\n\x11\x43oordinatorStatus\x12\x0b\n\x03pid\x18\x01 \x01(\x05\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12.\n\nstart_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05store\x18\x04 \x01(\t\x12\x17\n\x0fmetrics_address\x18\x05 \x01(\t\x12\r\n\x05leads\x18\n \x01(\x08\x12\x0e\n\x06leader\x18\x0b \x01(\t\x12\r\n\x05\x65poch\x18\x0c \x01(\x03\"+\n\rGatewayStatus\x12\x0b\n\x03url\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\"\xcb\x01\n\tRayStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\r\n\x05nodes\x18\x04 \x01(\x05\x12\x0c\n\x04\x63pus\x18\x05 \x01(\x01\x12\x11\n\tcpus_free\x18\x06 \x01(\x01\x12\x0c\n\x04gpus\x18\x07 \x01(\x01\x12\x11\n\tgpus_free\x18\x08 \x01(\x01\x12&\n\teach_node\x18\t \x03(\x0b\x32\x13.luthier.v1.RayNode\x12\x12\n\nautoscaler\x18\n \x01(\t\"\x91\x01\n\x07RayNode\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04\x63pus\x18\x02 \x01(\x01\x12\x0c\n\x04gpus\x18\x03 \x01(\x01\x12/\n\x06labels\x18\x04 \x03(\x0b\x32\x1f.luthier.v1.RayNode.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x16\n\x14\x42\x61\x63kupRecordsRequest\"\x8e\x01\n\x15\x42\x61\x63kupRecordsResponse\x12.\n\x08progress\x18\x01 \x01(\x0b\x32\x1a.luthier.v1.BackupProgressH\x00\x12,\n\x07summary\x18\x02 \x01(\x0b\x32\x19.luthier.v1.BackupSummaryH\x00\x12\x0f\n\x05\x63hunk\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04part\"2\n\x0e\x42\x61\x63kupProgress\x12\x0c\n\x04rows\x18\x01 \x01(\x03\x12\x12\n\ntotal_rows\x18\x02 \x01(\x03\"\xde\x01\n\rBackupSummary\x12\x12\n\nsize_bytes\x18\x01 \x01(\x03\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x0e\n\x06schema\x18\x03 \x01(\t\x12(\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x04rows\x18\x05 \x03(\x0b\x32#.luthier.v1.BackupSummary.RowsEntry\x12\x0f\n\x07without\x18\x06 \x01(\t\x1a+\n\tRowsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01*q\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0e\n\nROLE_QUERY\x10\x01\x12\x0f\n\x0bROLE_VIEWER\x10\x02\x12\x0f\n\x0bROLE_EDITOR\x10\x03\x12\x0e\n\nROLE_ADMIN\x10\x04\x12\x11\n\rROLE_OPERATOR\x10\x05\x32\xd7\x05\n\x0c\x41\x64minService\x12H\n\tCreateKey\x12\x1c.luthier.v1.CreateKeyRequest\x1a\x1d.luthier.v1.CreateKeyResponse\x12\x45\n\x08ListKeys\x12\x1b.luthier.v1.ListKeysRequest\x1a\x1c.luthier.v1.ListKeysResponse\x12H\n\tRevokeKey\x12\x1c.luthier.v1.RevokeKeyRequest\x1a\x1d.luthier.v1.RevokeKeyResponse\x12T\n\rCreateProject\x12 .luthier.v1.CreateProjectRequest\x1a!.luthier.v1.CreateProjectResponse\x12K\n\nGetProject\x12\x1d.luthier.v1.GetProjectRequest\x1a\x1e.luthier.v1.GetProjectResponse\x12Q\n\x0cListProjects\x12\x1f.luthier.v1.ListProjectsRequest\x1a .luthier.v1.ListProjectsResponse\x12T\n\rUpdateProject\x12 .luthier.v1.UpdateProjectRequest\x1a!.luthier.v1.UpdateProjectResponse\x12H\n\tGetStatus\x12\x1c.luthier.v1.GetStatusRequest\x1a\x1d.luthier.v1.GetStatusResponse\x12V\n\rBackupRecords\x12 .luthier.v1.BackupRecordsRequest\x1a!.luthier.v1.BackupRecordsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16luthier/v1/admin.proto\x12\nluthier.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14luthier/v1/job.proto\"C\n\tResources\x12\x11\n\x04\x63pus\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04gpus\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\x07\n\x05_cpusB\x07\n\x05_gpus\"\x9b\x03\n\x07Project\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x12\n\x05share\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12$\n\x05quota\x18\x04 \x01(\x0b\x32\x15.luthier.v1.Resources\x12$\n\x05limit\x18\x05 \x01(\x0b\x32\x15.luthier.v1.Resources\x12\"\n\x06\x62udget\x18\x06 \x01(\x0b\x32\x12.luthier.v1.Budget\x12#\n\x04held\x18\x07 \x01(\x0b\x32\x15.luthier.v1.Resources\x12 \n\x05usage\x18\x08 \x01(\x0b\x32\x11.luthier.v1.Usage\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\n \x01(\t\x12+\n\x04jobs\x18\x0b \x03(\x0b\x32\x1d.luthier.v1.Project.JobsEntry\x1a+\n\tJobsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x42\x08\n\x06_share\"P\n\x14\x43reateProjectRequest\x12\x12\n\nproject_id\x18\x01 \x01(\t\x12$\n\x07project\x18\x02 \x01(\x0b\x32\x13.luthier.v1.Project\"=\n\x15\x43reateProjectResponse\x12$\n\x07project\x18\x01 \x01(\x0b\x32\x13.luthier.v1.Project\"!\n\x11GetProjectRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x12GetProjectResponse\x12$\n\x07project\x18\x01 \x01(\x0b\x32\x13.luthier.v1.Project\"<\n\x13ListProjectsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"V\n\x14ListProjectsResponse\x12%\n\x08projects\x18\x01 \x03(\x0b\x32\x13.luthier.v1.Project\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"{\n\x14UpdateProjectRequest\x12$\n\x07project\x18\x01 \x01(\x0b\x32\x13.luthier.v1.Project\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\"=\n\x15UpdateProjectResponse\x12$\n\x07project\x18\x01 \x01(\x0b\x32\x13.luthier.v1.Project\"\xb4\x02\n\x03Key\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x1e\n\x04role\x18\x03 \x01(\x0e\x32\x10.luthier.v1.Role\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brevoke_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06scopes\x18\x07 \x03(\t\x12\x0e\n\x06member\x18\x08 \x01(\t\x12\x1b\n\x13requests_per_minute\x18\t \x01(\x05\x12\x19\n\x11tokens_per_minute\x18\n \x01(\x05\"@\n\x10\x43reateKeyRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x1c\n\x03key\x18\x02 \x01(\x0b\x32\x0f.luthier.v1.Key\"@\n\x11\x43reateKeyResponse\x12\x1c\n\x03key\x18\x01 \x01(\x0b\x32\x0f.luthier.v1.Key\x12\r\n\x05token\x18\x02 \x01(\t\"H\n\x0fListKeysRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"J\n\x10ListKeysResponse\x12\x1d\n\x04keys\x18\x01 \x03(\x0b\x32\x0f.luthier.v1.Key\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x10RevokeKeyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"1\n\x11RevokeKeyResponse\x12\x1c\n\x03key\x18\x01 \x01(\x0b\x32\x0f.luthier.v1.Key\"\x12\n\x10GetStatusRequest\"\xeb\x02\n\x11GetStatusResponse\x12\x32\n\x0b\x63oordinator\x18\x01 \x01(\x0b\x32\x1d.luthier.v1.CoordinatorStatus\x12*\n\x07gateway\x18\x02 \x01(\x0b\x32\x19.luthier.v1.GatewayStatus\x12\"\n\x03ray\x18\x03 \x01(\x0b\x32\x15.luthier.v1.RayStatus\x12\x35\n\x04jobs\x18\x04 \x03(\x0b\x32\'.luthier.v1.GetStatusResponse.JobsEntry\x12=\n\x08versions\x18\x05 \x03(\x0b\x32+.luthier.v1.GetStatusResponse.VersionsEntry\x1a+\n\tJobsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xb7\x01\n\x11\x43oordinatorStatus\x12\x0b\n\x03pid\x18\x01 \x01(\x05\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12.\n\nstart_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05store\x18\x04 \x01(\t\x12\x17\n\x0fmetrics_address\x18\x05 \x01(\t\x12\r\n\x05leads\x18\n \x01(\x08\x12\x0e\n\x06leader\x18\x0b \x01(\t\x12\r\n\x05\x65poch\x18\x0c \x01(\x03\"+\n\rGatewayStatus\x12\x0b\n\x03url\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\"\xcb\x01\n\tRayStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\r\n\x05nodes\x18\x04 \x01(\x05\x12\x0c\n\x04\x63pus\x18\x05 \x01(\x01\x12\x11\n\tcpus_free\x18\x06 \x01(\x01\x12\x0c\n\x04gpus\x18\x07 \x01(\x01\x12\x11\n\tgpus_free\x18\x08 \x01(\x01\x12&\n\teach_node\x18\t \x03(\x0b\x32\x13.luthier.v1.RayNode\x12\x12\n\nautoscaler\x18\n \x01(\t\"\x91\x01\n\x07RayNode\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04\x63pus\x18\x02 \x01(\x01\x12\x0c\n\x04gpus\x18\x03 \x01(\x01\x12/\n\x06labels\x18\x04 \x03(\x0b\x32\x1f.luthier.v1.RayNode.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x16\n\x14\x42\x61\x63kupRecordsRequest\"\x8e\x01\n\x15\x42\x61\x63kupRecordsResponse\x12.\n\x08progress\x18\x01 \x01(\x0b\x32\x1a.luthier.v1.BackupProgressH\x00\x12,\n\x07summary\x18\x02 \x01(\x0b\x32\x19.luthier.v1.BackupSummaryH\x00\x12\x0f\n\x05\x63hunk\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04part\"2\n\x0e\x42\x61\x63kupProgress\x12\x0c\n\x04rows\x18\x01 \x01(\x03\x12\x12\n\ntotal_rows\x18\x02 \x01(\x03\"\xde\x01\n\rBackupSummary\x12\x12\n\nsize_bytes\x18\x01 \x01(\x03\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x0e\n\x06schema\x18\x03 \x01(\t\x12(\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x04rows\x18\x05 \x03(\x0b\x32#.luthier.v1.BackupSummary.RowsEntry\x12\x0f\n\x07without\x18\x06 \x01(\t\x1a+\n\tRowsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01*q\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0e\n\nROLE_QUERY\x10\x01\x12\x0f\n\x0bROLE_VIEWER\x10\x02\x12\x0f\n\x0bROLE_EDITOR\x10\x03\x12\x0e\n\nROLE_ADMIN\x10\x04\x12\x11\n\rROLE_OPERATOR\x10\x05\x32\xd7\x05\n\x0c\x41\x64minService\x12H\n\tCreateKey\x12\x1c.luthier.v1.CreateKeyRequest\x1a\x1d.luthier.v1.CreateKeyResponse\x12\x45\n\x08ListKeys\x12\x1b.luthier.v1.ListKeysRequest\x1a\x1c.luthier.v1.ListKeysResponse\x12H\n\tRevokeKey\x12\x1c.luthier.v1.RevokeKeyRequest\x1a\x1d.luthier.v1.RevokeKeyResponse\x12T\n\rCreateProject\x12 .luthier.v1.CreateProjectRequest\x1a!.luthier.v1.CreateProjectResponse\x12K\n\nGetProject\x12\x1d.luthier.v1.GetProjectRequest\x1a\x1e.luthier.v1.GetProjectResponse\x12Q\n\x0cListProjects\x12\x1f.luthier.v1.ListProjectsRequest\x1a .luthier.v1.ListProjectsResponse\x12T\n\rUpdateProject\x12 .luthier.v1.UpdateProjectRequest\x1a!.luthier.v1.UpdateProjectResponse\x12H\n\tGetStatus\x12\x1c.luthier.v1.GetStatusRequest\x1a\x1d.luthier.v1.GetStatusResponse\x12V\n\rBackupRecords\x12 .luthier.v1.BackupRecordsRequest\x1a!.luthier.v1.BackupRecordsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,8 +44,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RAYNODE_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_BACKUPSUMMARY_ROWSENTRY']._loaded_options = None
   _globals['_BACKUPSUMMARY_ROWSENTRY']._serialized_options = b'8\001'
-  _globals['_ROLE']._serialized_start=3227
-  _globals['_ROLE']._serialized_end=3340
+  _globals['_ROLE']._serialized_start=3283
+  _globals['_ROLE']._serialized_end=3396
   _globals['_RESOURCES']._serialized_start=127
   _globals['_RESOURCES']._serialized_end=194
   _globals['_PROJECT']._serialized_start=197
@@ -69,47 +69,47 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPDATEPROJECTRESPONSE']._serialized_start=1125
   _globals['_UPDATEPROJECTRESPONSE']._serialized_end=1186
   _globals['_KEY']._serialized_start=1189
-  _globals['_KEY']._serialized_end=1441
-  _globals['_CREATEKEYREQUEST']._serialized_start=1443
-  _globals['_CREATEKEYREQUEST']._serialized_end=1507
-  _globals['_CREATEKEYRESPONSE']._serialized_start=1509
-  _globals['_CREATEKEYRESPONSE']._serialized_end=1573
-  _globals['_LISTKEYSREQUEST']._serialized_start=1575
-  _globals['_LISTKEYSREQUEST']._serialized_end=1647
-  _globals['_LISTKEYSRESPONSE']._serialized_start=1649
-  _globals['_LISTKEYSRESPONSE']._serialized_end=1723
-  _globals['_REVOKEKEYREQUEST']._serialized_start=1725
-  _globals['_REVOKEKEYREQUEST']._serialized_end=1757
-  _globals['_REVOKEKEYRESPONSE']._serialized_start=1759
-  _globals['_REVOKEKEYRESPONSE']._serialized_end=1808
-  _globals['_GETSTATUSREQUEST']._serialized_start=1810
-  _globals['_GETSTATUSREQUEST']._serialized_end=1828
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1831
-  _globals['_GETSTATUSRESPONSE']._serialized_end=2194
+  _globals['_KEY']._serialized_end=1497
+  _globals['_CREATEKEYREQUEST']._serialized_start=1499
+  _globals['_CREATEKEYREQUEST']._serialized_end=1563
+  _globals['_CREATEKEYRESPONSE']._serialized_start=1565
+  _globals['_CREATEKEYRESPONSE']._serialized_end=1629
+  _globals['_LISTKEYSREQUEST']._serialized_start=1631
+  _globals['_LISTKEYSREQUEST']._serialized_end=1703
+  _globals['_LISTKEYSRESPONSE']._serialized_start=1705
+  _globals['_LISTKEYSRESPONSE']._serialized_end=1779
+  _globals['_REVOKEKEYREQUEST']._serialized_start=1781
+  _globals['_REVOKEKEYREQUEST']._serialized_end=1813
+  _globals['_REVOKEKEYRESPONSE']._serialized_start=1815
+  _globals['_REVOKEKEYRESPONSE']._serialized_end=1864
+  _globals['_GETSTATUSREQUEST']._serialized_start=1866
+  _globals['_GETSTATUSREQUEST']._serialized_end=1884
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1887
+  _globals['_GETSTATUSRESPONSE']._serialized_end=2250
   _globals['_GETSTATUSRESPONSE_JOBSENTRY']._serialized_start=555
   _globals['_GETSTATUSRESPONSE_JOBSENTRY']._serialized_end=598
-  _globals['_GETSTATUSRESPONSE_VERSIONSENTRY']._serialized_start=2147
-  _globals['_GETSTATUSRESPONSE_VERSIONSENTRY']._serialized_end=2194
-  _globals['_COORDINATORSTATUS']._serialized_start=2197
-  _globals['_COORDINATORSTATUS']._serialized_end=2380
-  _globals['_GATEWAYSTATUS']._serialized_start=2382
-  _globals['_GATEWAYSTATUS']._serialized_end=2425
-  _globals['_RAYSTATUS']._serialized_start=2428
-  _globals['_RAYSTATUS']._serialized_end=2631
-  _globals['_RAYNODE']._serialized_start=2634
-  _globals['_RAYNODE']._serialized_end=2779
-  _globals['_RAYNODE_LABELSENTRY']._serialized_start=2734
-  _globals['_RAYNODE_LABELSENTRY']._serialized_end=2779
-  _globals['_BACKUPRECORDSREQUEST']._serialized_start=2781
-  _globals['_BACKUPRECORDSREQUEST']._serialized_end=2803
-  _globals['_BACKUPRECORDSRESPONSE']._serialized_start=2806
-  _globals['_BACKUPRECORDSRESPONSE']._serialized_end=2948
-  _globals['_BACKUPPROGRESS']._serialized_start=2950
-  _globals['_BACKUPPROGRESS']._serialized_end=3000
-  _globals['_BACKUPSUMMARY']._serialized_start=3003
-  _globals['_BACKUPSUMMARY']._serialized_end=3225
-  _globals['_BACKUPSUMMARY_ROWSENTRY']._serialized_start=3182
-  _globals['_BACKUPSUMMARY_ROWSENTRY']._serialized_end=3225
-  _globals['_ADMINSERVICE']._serialized_start=3343
-  _globals['_ADMINSERVICE']._serialized_end=4070
+  _globals['_GETSTATUSRESPONSE_VERSIONSENTRY']._serialized_start=2203
+  _globals['_GETSTATUSRESPONSE_VERSIONSENTRY']._serialized_end=2250
+  _globals['_COORDINATORSTATUS']._serialized_start=2253
+  _globals['_COORDINATORSTATUS']._serialized_end=2436
+  _globals['_GATEWAYSTATUS']._serialized_start=2438
+  _globals['_GATEWAYSTATUS']._serialized_end=2481
+  _globals['_RAYSTATUS']._serialized_start=2484
+  _globals['_RAYSTATUS']._serialized_end=2687
+  _globals['_RAYNODE']._serialized_start=2690
+  _globals['_RAYNODE']._serialized_end=2835
+  _globals['_RAYNODE_LABELSENTRY']._serialized_start=2790
+  _globals['_RAYNODE_LABELSENTRY']._serialized_end=2835
+  _globals['_BACKUPRECORDSREQUEST']._serialized_start=2837
+  _globals['_BACKUPRECORDSREQUEST']._serialized_end=2859
+  _globals['_BACKUPRECORDSRESPONSE']._serialized_start=2862
+  _globals['_BACKUPRECORDSRESPONSE']._serialized_end=3004
+  _globals['_BACKUPPROGRESS']._serialized_start=3006
+  _globals['_BACKUPPROGRESS']._serialized_end=3056
+  _globals['_BACKUPSUMMARY']._serialized_start=3059
+  _globals['_BACKUPSUMMARY']._serialized_end=3281
+  _globals['_BACKUPSUMMARY_ROWSENTRY']._serialized_start=3238
+  _globals['_BACKUPSUMMARY_ROWSENTRY']._serialized_end=3281
+  _globals['_ADMINSERVICE']._serialized_start=3399
+  _globals['_ADMINSERVICE']._serialized_end=4126
 # @@protoc_insertion_point(module_scope)

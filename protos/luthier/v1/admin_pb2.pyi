@@ -415,6 +415,8 @@ class Key(_message.Message):
     REVOKE_TIME_FIELD_NUMBER: _builtins.int
     SCOPES_FIELD_NUMBER: _builtins.int
     MEMBER_FIELD_NUMBER: _builtins.int
+    REQUESTS_PER_MINUTE_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_MINUTE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """projects/{project}/keys/{key}."""
     display_name: _builtins.str
@@ -423,6 +425,10 @@ class Key(_message.Message):
     """What it may do."""
     member: _builtins.str
     """Id of the member whose key it is; none where it belongs to nobody. It may do no more than its member, and ends with the membership."""
+    requests_per_minute: _builtins.int
+    """Requests to endpoints that it may make in a minute; as many as it likes where 0."""
+    tokens_per_minute: _builtins.int
+    """Tokens of prompts and answers that it may spend at endpoints in a minute; as many as it likes where 0."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was made."""
@@ -452,10 +458,12 @@ class Key(_message.Message):
         revoke_time: _timestamp_pb2.Timestamp | None = ...,
         scopes: _abc.Iterable[_builtins.str] | None = ...,
         member: _builtins.str = ...,
+        requests_per_minute: _builtins.int = ...,
+        tokens_per_minute: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "revoke_time", b"revoke_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "display_name", b"display_name", "expire_time", b"expire_time", "member", b"member", "name", b"name", "revoke_time", b"revoke_time", "role", b"role", "scopes", b"scopes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "display_name", b"display_name", "expire_time", b"expire_time", "member", b"member", "name", b"name", "requests_per_minute", b"requests_per_minute", "revoke_time", b"revoke_time", "role", b"role", "scopes", b"scopes", "tokens_per_minute", b"tokens_per_minute"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -473,7 +481,7 @@ class CreateKeyRequest(_message.Message):
     """projects/{project}."""
     @_builtins.property
     def key(self) -> Global___Key:
-        """Display name, role, expire_time, scopes and member; the rest is ignored. Neither role nor scopes reach beyond those of the caller's key."""
+        """Display name, role, expire_time, scopes, member and limits; the rest is ignored. Neither role nor scopes reach beyond those of the caller's key."""
 
     def __init__(
         self,

@@ -27,7 +27,7 @@ from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mas
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19luthier/v1/endpoint.proto\x12\nluthier.v1\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8c\x04\n\x08\x45ndpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.luthier.v1.EndpointState\x12\x0b\n\x03url\x18\x03 \x01(\t\x12!\n\x06routes\x18\x04 \x03(\x0b\x32\x11.luthier.v1.Route\x12,\n\x0b\x61utoscaling\x18\x05 \x01(\x0b\x32\x17.luthier.v1.Autoscaling\x12/\n\tresources\x18\x06 \x01(\x0b\x32\x1c.luthier.v1.ReplicaResources\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\x12\n\ngeneration\x18\x08 \x01(\x03\x12\x0c\n\x04\x65tag\x18\t \x01(\t\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12$\n\x07rollout\x18\x10 \x01(\x0b\x32\x13.luthier.v1.Rollout\x12\x31\n\x0erollout_status\x18\x11 \x01(\x0b\x32\x19.luthier.v1.RolloutStatus\x12)\n\x06\x65vents\x18\x12 \x03(\x0b\x32\x19.luthier.v1.EndpointEvent\x12\"\n\x07serving\x18\x13 \x03(\x0b\x32\x11.luthier.v1.Route\"\x93\x02\n\x07Rollout\x12\r\n\x05steps\x18\x01 \x03(\x05\x12\x19\n\x0cmin_requests\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12/\n\x0cmin_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1b\n\x0emax_error_rate\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x1e\n\x11max_latency_ratio\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x1f\n\x12min_feedback_score\x18\x06 \x01(\x01H\x03\x88\x01\x01\x42\x0f\n\r_min_requestsB\x11\n\x0f_max_error_rateB\x14\n\x12_max_latency_ratioB\x15\n\x13_min_feedback_score\"\x81\x02\n\rRolloutStatus\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.luthier.v1.RolloutState\x12\x0f\n\x07percent\x18\x02 \x01(\x05\x12\x0f\n\x07message\x18\x03 \x01(\t\x12(\n\x06\x63\x61nary\x18\x04 \x01(\x0b\x32\x18.luthier.v1.RouteFigures\x12(\n\x06stable\x18\x05 \x01(\x0b\x32\x18.luthier.v1.RouteFigures\x12.\n\nstart_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12!\n\x06routes\x18\x07 \x03(\x0b\x32\x11.luthier.v1.Route\"o\n\x0cRouteFigures\x12\x10\n\x08requests\x18\x01 \x01(\x03\x12\x0e\n\x06\x65rrors\x18\x02 \x01(\x03\x12\x13\n\x0bp95_seconds\x18\x03 \x01(\x01\x12\x10\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x04 \x01(\x03\x12\x16\n\x0e\x66\x65\x65\x64\x62\x61\x63k_score\x18\x05 \x01(\x01\"J\n\rEndpointEvent\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xb7\x01\n\x05Route\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x05\x12\x16\n\x0eready_replicas\x18\x03 \x01(\x05\x12\x0e\n\x06shadow\x18\x07 \x01(\x08\x12/\n\x07headers\x18\x08 \x03(\x0b\x32\x1e.luthier.v1.Route.HeadersEntry\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"Z\n\x0b\x41utoscaling\x12\x14\n\x0cmin_replicas\x18\x01 \x01(\x05\x12\x14\n\x0cmax_replicas\x18\x02 \x01(\x05\x12\x1f\n\x17target_ongoing_requests\x18\x03 \x01(\x01\"J\n\x10ReplicaResources\x12\x11\n\x04\x63pus\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04gpus\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\x07\n\x05_cpusB\x07\n\x05_gpus\"\x89\x01\n\x15\x44\x65ployEndpointRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x13\n\x0b\x65ndpoint_id\x18\x02 \x01(\t\x12&\n\x08\x65ndpoint\x18\x03 \x01(\x0b\x32\x14.luthier.v1.Endpoint\x12\x0c\n\x04\x65tag\x18\x04 \x01(\t\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\"@\n\x16\x44\x65ployEndpointResponse\x12&\n\x08\x65ndpoint\x18\x01 \x01(\x0b\x32\x14.luthier.v1.Endpoint\"\xb1\x01\n\x15UpdateEndpointRequest\x12&\n\x08\x65ndpoint\x18\x01 \x01(\x0b\x32\x14.luthier.v1.Endpoint\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12\x31\n\x0erollout_action\x18\x04 \x01(\x0e\x32\x19.luthier.v1.RolloutAction\"@\n\x16UpdateEndpointResponse\x12&\n\x08\x65ndpoint\x18\x01 \x01(\x0b\x32\x14.luthier.v1.Endpoint\"$\n\x14WatchEndpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"?\n\x15WatchEndpointResponse\x12&\n\x08\x65ndpoint\x18\x01 \x01(\x0b\x32\x14.luthier.v1.Endpoint\"\"\n\x12GetEndpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x13GetEndpointResponse\x12&\n\x08\x65ndpoint\x18\x01 \x01(\x0b\x32\x14.luthier.v1.Endpoint\"M\n\x14ListEndpointsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"Y\n\x15ListEndpointsResponse\x12\'\n\tendpoints\x18\x01 \x03(\x0b\x32\x14.luthier.v1.Endpoint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"%\n\x15\x44\x65leteEndpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"@\n\x16\x44\x65leteEndpointResponse\x12&\n\x08\x65ndpoint\x18\x01 \x01(\x0b\x32\x14.luthier.v1.Endpoint*\x9f\x01\n\rEndpointState\x12\x1e\n\x1a\x45NDPOINT_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x45NDPOINT_STATE_DEPLOYING\x10\x01\x12\x18\n\x14\x45NDPOINT_STATE_READY\x10\x02\x12\x19\n\x15\x45NDPOINT_STATE_FAILED\x10\x03\x12\x1b\n\x17\x45NDPOINT_STATE_DELETING\x10\x04*\x87\x01\n\x0cRolloutState\x12\x1d\n\x19ROLLOUT_STATE_UNSPECIFIED\x10\x00\x12\x1d\n\x19ROLLOUT_STATE_PROGRESSING\x10\x01\x12\x1a\n\x16ROLLOUT_STATE_PROMOTED\x10\x02\x12\x1d\n\x19ROLLOUT_STATE_ROLLED_BACK\x10\x03*i\n\rRolloutAction\x12\x1e\n\x1aROLLOUT_ACTION_UNSPECIFIED\x10\x00\x12\x1a\n\x16ROLLOUT_ACTION_PROMOTE\x10\x01\x12\x1c\n\x18ROLLOUT_ACTION_ROLL_BACK\x10\x02\x32\x9a\x04\n\x0f\x45ndpointService\x12W\n\x0e\x44\x65ployEndpoint\x12!.luthier.v1.DeployEndpointRequest\x1a\".luthier.v1.DeployEndpointResponse\x12N\n\x0bGetEndpoint\x12\x1e.luthier.v1.GetEndpointRequest\x1a\x1f.luthier.v1.GetEndpointResponse\x12T\n\rListEndpoints\x12 .luthier.v1.ListEndpointsRequest\x1a!.luthier.v1.ListEndpointsResponse\x12W\n\x0eUpdateEndpoint\x12!.luthier.v1.UpdateEndpointRequest\x1a\".luthier.v1.UpdateEndpointResponse\x12V\n\rWatchEndpoint\x12 .luthier.v1.WatchEndpointRequest\x1a!.luthier.v1.WatchEndpointResponse0\x01\x12W\n\x0e\x44\x65leteEndpoint\x12!.luthier.v1.DeleteEndpointRequest\x1a\".luthier.v1.DeleteEndpointResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19luthier/v1/endpoint.proto\x12\nluthier.v1\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8c\x04\n\x08\x45ndpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.luthier.v1.EndpointState\x12\x0b\n\x03url\x18\x03 \x01(\t\x12!\n\x06routes\x18\x04 \x03(\x0b\x32\x11.luthier.v1.Route\x12,\n\x0b\x61utoscaling\x18\x05 \x01(\x0b\x32\x17.luthier.v1.Autoscaling\x12/\n\tresources\x18\x06 \x01(\x0b\x32\x1c.luthier.v1.ReplicaResources\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\x12\n\ngeneration\x18\x08 \x01(\x03\x12\x0c\n\x04\x65tag\x18\t \x01(\t\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12$\n\x07rollout\x18\x10 \x01(\x0b\x32\x13.luthier.v1.Rollout\x12\x31\n\x0erollout_status\x18\x11 \x01(\x0b\x32\x19.luthier.v1.RolloutStatus\x12)\n\x06\x65vents\x18\x12 \x03(\x0b\x32\x19.luthier.v1.EndpointEvent\x12\"\n\x07serving\x18\x13 \x03(\x0b\x32\x11.luthier.v1.Route\"\x93\x02\n\x07Rollout\x12\r\n\x05steps\x18\x01 \x03(\x05\x12\x19\n\x0cmin_requests\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12/\n\x0cmin_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1b\n\x0emax_error_rate\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x1e\n\x11max_latency_ratio\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x1f\n\x12min_feedback_score\x18\x06 \x01(\x01H\x03\x88\x01\x01\x42\x0f\n\r_min_requestsB\x11\n\x0f_max_error_rateB\x14\n\x12_max_latency_ratioB\x15\n\x13_min_feedback_score\"\x81\x02\n\rRolloutStatus\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.luthier.v1.RolloutState\x12\x0f\n\x07percent\x18\x02 \x01(\x05\x12\x0f\n\x07message\x18\x03 \x01(\t\x12(\n\x06\x63\x61nary\x18\x04 \x01(\x0b\x32\x18.luthier.v1.RouteFigures\x12(\n\x06stable\x18\x05 \x01(\x0b\x32\x18.luthier.v1.RouteFigures\x12.\n\nstart_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12!\n\x06routes\x18\x07 \x03(\x0b\x32\x11.luthier.v1.Route\"o\n\x0cRouteFigures\x12\x10\n\x08requests\x18\x01 \x01(\x03\x12\x0e\n\x06\x65rrors\x18\x02 \x01(\x03\x12\x13\n\x0bp95_seconds\x18\x03 \x01(\x01\x12\x10\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x04 \x01(\x03\x12\x16\n\x0e\x66\x65\x65\x64\x62\x61\x63k_score\x18\x05 \x01(\x01\"J\n\rEndpointEvent\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xb7\x01\n\x05Route\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x05\x12\x16\n\x0eready_replicas\x18\x03 \x01(\x05\x12\x0e\n\x06shadow\x18\x07 \x01(\x08\x12/\n\x07headers\x18\x08 \x03(\x0b\x32\x1e.luthier.v1.Route.HeadersEntry\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xd9\x01\n\x0b\x41utoscaling\x12\x14\n\x0cmin_replicas\x18\x01 \x01(\x05\x12\x14\n\x0cmax_replicas\x18\x02 \x01(\x05\x12\x1f\n\x17target_ongoing_requests\x18\x03 \x01(\x01\x12\x15\n\rscale_to_zero\x18\x04 \x01(\x08\x12\x1e\n\x11\x64ownscale_seconds\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x1c\n\x0fupscale_seconds\x18\x06 \x01(\x01H\x01\x88\x01\x01\x42\x14\n\x12_downscale_secondsB\x12\n\x10_upscale_seconds\"J\n\x10ReplicaResources\x12\x11\n\x04\x63pus\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04gpus\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\x07\n\x05_cpusB\x07\n\x05_gpus\"\x89\x01\n\x15\x44\x65ployEndpointRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x13\n\x0b\x65ndpoint_id\x18\x02 \x01(\t\x12&\n\x08\x65ndpoint\x18\x03 \x01(\x0b\x32\x14.luthier.v1.Endpoint\x12\x0c\n\x04\x65tag\x18\x04 \x01(\t\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\"@\n\x16\x44\x65ployEndpointResponse\x12&\n\x08\x65ndpoint\x18\x01 \x01(\x0b\x32\x14.luthier.v1.Endpoint\"\xb1\x01\n\x15UpdateEndpointRequest\x12&\n\x08\x65ndpoint\x18\x01 \x01(\x0b\x32\x14.luthier.v1.Endpoint\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12\x31\n\x0erollout_action\x18\x04 \x01(\x0e\x32\x19.luthier.v1.RolloutAction\"@\n\x16UpdateEndpointResponse\x12&\n\x08\x65ndpoint\x18\x01 \x01(\x0b\x32\x14.luthier.v1.Endpoint\"$\n\x14WatchEndpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"?\n\x15WatchEndpointResponse\x12&\n\x08\x65ndpoint\x18\x01 \x01(\x0b\x32\x14.luthier.v1.Endpoint\"\"\n\x12GetEndpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x13GetEndpointResponse\x12&\n\x08\x65ndpoint\x18\x01 \x01(\x0b\x32\x14.luthier.v1.Endpoint\"M\n\x14ListEndpointsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"Y\n\x15ListEndpointsResponse\x12\'\n\tendpoints\x18\x01 \x03(\x0b\x32\x14.luthier.v1.Endpoint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"%\n\x15\x44\x65leteEndpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"@\n\x16\x44\x65leteEndpointResponse\x12&\n\x08\x65ndpoint\x18\x01 \x01(\x0b\x32\x14.luthier.v1.Endpoint*\x9f\x01\n\rEndpointState\x12\x1e\n\x1a\x45NDPOINT_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x45NDPOINT_STATE_DEPLOYING\x10\x01\x12\x18\n\x14\x45NDPOINT_STATE_READY\x10\x02\x12\x19\n\x15\x45NDPOINT_STATE_FAILED\x10\x03\x12\x1b\n\x17\x45NDPOINT_STATE_DELETING\x10\x04*\x87\x01\n\x0cRolloutState\x12\x1d\n\x19ROLLOUT_STATE_UNSPECIFIED\x10\x00\x12\x1d\n\x19ROLLOUT_STATE_PROGRESSING\x10\x01\x12\x1a\n\x16ROLLOUT_STATE_PROMOTED\x10\x02\x12\x1d\n\x19ROLLOUT_STATE_ROLLED_BACK\x10\x03*i\n\rRolloutAction\x12\x1e\n\x1aROLLOUT_ACTION_UNSPECIFIED\x10\x00\x12\x1a\n\x16ROLLOUT_ACTION_PROMOTE\x10\x01\x12\x1c\n\x18ROLLOUT_ACTION_ROLL_BACK\x10\x02\x32\x9a\x04\n\x0f\x45ndpointService\x12W\n\x0e\x44\x65ployEndpoint\x12!.luthier.v1.DeployEndpointRequest\x1a\".luthier.v1.DeployEndpointResponse\x12N\n\x0bGetEndpoint\x12\x1e.luthier.v1.GetEndpointRequest\x1a\x1f.luthier.v1.GetEndpointResponse\x12T\n\rListEndpoints\x12 .luthier.v1.ListEndpointsRequest\x1a!.luthier.v1.ListEndpointsResponse\x12W\n\x0eUpdateEndpoint\x12!.luthier.v1.UpdateEndpointRequest\x1a\".luthier.v1.UpdateEndpointResponse\x12V\n\rWatchEndpoint\x12 .luthier.v1.WatchEndpointRequest\x1a!.luthier.v1.WatchEndpointResponse0\x01\x12W\n\x0e\x44\x65leteEndpoint\x12!.luthier.v1.DeleteEndpointRequest\x1a\".luthier.v1.DeleteEndpointResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,12 +36,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ROUTE_HEADERSENTRY']._loaded_options = None
   _globals['_ROUTE_HEADERSENTRY']._serialized_options = b'8\001'
-  _globals['_ENDPOINTSTATE']._serialized_start=2678
-  _globals['_ENDPOINTSTATE']._serialized_end=2837
-  _globals['_ROLLOUTSTATE']._serialized_start=2840
-  _globals['_ROLLOUTSTATE']._serialized_end=2975
-  _globals['_ROLLOUTACTION']._serialized_start=2977
-  _globals['_ROLLOUTACTION']._serialized_end=3082
+  _globals['_ENDPOINTSTATE']._serialized_start=2806
+  _globals['_ENDPOINTSTATE']._serialized_end=2965
+  _globals['_ROLLOUTSTATE']._serialized_start=2968
+  _globals['_ROLLOUTSTATE']._serialized_end=3103
+  _globals['_ROLLOUTACTION']._serialized_start=3105
+  _globals['_ROLLOUTACTION']._serialized_end=3210
   _globals['_ENDPOINT']._serialized_start=141
   _globals['_ENDPOINT']._serialized_end=665
   _globals['_ROLLOUT']._serialized_start=668
@@ -56,34 +56,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROUTE']._serialized_end=1578
   _globals['_ROUTE_HEADERSENTRY']._serialized_start=1532
   _globals['_ROUTE_HEADERSENTRY']._serialized_end=1578
-  _globals['_AUTOSCALING']._serialized_start=1580
-  _globals['_AUTOSCALING']._serialized_end=1670
-  _globals['_REPLICARESOURCES']._serialized_start=1672
-  _globals['_REPLICARESOURCES']._serialized_end=1746
-  _globals['_DEPLOYENDPOINTREQUEST']._serialized_start=1749
-  _globals['_DEPLOYENDPOINTREQUEST']._serialized_end=1886
-  _globals['_DEPLOYENDPOINTRESPONSE']._serialized_start=1888
-  _globals['_DEPLOYENDPOINTRESPONSE']._serialized_end=1952
-  _globals['_UPDATEENDPOINTREQUEST']._serialized_start=1955
-  _globals['_UPDATEENDPOINTREQUEST']._serialized_end=2132
-  _globals['_UPDATEENDPOINTRESPONSE']._serialized_start=2134
-  _globals['_UPDATEENDPOINTRESPONSE']._serialized_end=2198
-  _globals['_WATCHENDPOINTREQUEST']._serialized_start=2200
-  _globals['_WATCHENDPOINTREQUEST']._serialized_end=2236
-  _globals['_WATCHENDPOINTRESPONSE']._serialized_start=2238
-  _globals['_WATCHENDPOINTRESPONSE']._serialized_end=2301
-  _globals['_GETENDPOINTREQUEST']._serialized_start=2303
-  _globals['_GETENDPOINTREQUEST']._serialized_end=2337
-  _globals['_GETENDPOINTRESPONSE']._serialized_start=2339
-  _globals['_GETENDPOINTRESPONSE']._serialized_end=2400
-  _globals['_LISTENDPOINTSREQUEST']._serialized_start=2402
-  _globals['_LISTENDPOINTSREQUEST']._serialized_end=2479
-  _globals['_LISTENDPOINTSRESPONSE']._serialized_start=2481
-  _globals['_LISTENDPOINTSRESPONSE']._serialized_end=2570
-  _globals['_DELETEENDPOINTREQUEST']._serialized_start=2572
-  _globals['_DELETEENDPOINTREQUEST']._serialized_end=2609
-  _globals['_DELETEENDPOINTRESPONSE']._serialized_start=2611
-  _globals['_DELETEENDPOINTRESPONSE']._serialized_end=2675
-  _globals['_ENDPOINTSERVICE']._serialized_start=3085
-  _globals['_ENDPOINTSERVICE']._serialized_end=3623
+  _globals['_AUTOSCALING']._serialized_start=1581
+  _globals['_AUTOSCALING']._serialized_end=1798
+  _globals['_REPLICARESOURCES']._serialized_start=1800
+  _globals['_REPLICARESOURCES']._serialized_end=1874
+  _globals['_DEPLOYENDPOINTREQUEST']._serialized_start=1877
+  _globals['_DEPLOYENDPOINTREQUEST']._serialized_end=2014
+  _globals['_DEPLOYENDPOINTRESPONSE']._serialized_start=2016
+  _globals['_DEPLOYENDPOINTRESPONSE']._serialized_end=2080
+  _globals['_UPDATEENDPOINTREQUEST']._serialized_start=2083
+  _globals['_UPDATEENDPOINTREQUEST']._serialized_end=2260
+  _globals['_UPDATEENDPOINTRESPONSE']._serialized_start=2262
+  _globals['_UPDATEENDPOINTRESPONSE']._serialized_end=2326
+  _globals['_WATCHENDPOINTREQUEST']._serialized_start=2328
+  _globals['_WATCHENDPOINTREQUEST']._serialized_end=2364
+  _globals['_WATCHENDPOINTRESPONSE']._serialized_start=2366
+  _globals['_WATCHENDPOINTRESPONSE']._serialized_end=2429
+  _globals['_GETENDPOINTREQUEST']._serialized_start=2431
+  _globals['_GETENDPOINTREQUEST']._serialized_end=2465
+  _globals['_GETENDPOINTRESPONSE']._serialized_start=2467
+  _globals['_GETENDPOINTRESPONSE']._serialized_end=2528
+  _globals['_LISTENDPOINTSREQUEST']._serialized_start=2530
+  _globals['_LISTENDPOINTSREQUEST']._serialized_end=2607
+  _globals['_LISTENDPOINTSRESPONSE']._serialized_start=2609
+  _globals['_LISTENDPOINTSRESPONSE']._serialized_end=2698
+  _globals['_DELETEENDPOINTREQUEST']._serialized_start=2700
+  _globals['_DELETEENDPOINTREQUEST']._serialized_end=2737
+  _globals['_DELETEENDPOINTRESPONSE']._serialized_start=2739
+  _globals['_DELETEENDPOINTRESPONSE']._serialized_end=2803
+  _globals['_ENDPOINTSERVICE']._serialized_start=3213
+  _globals['_ENDPOINTSERVICE']._serialized_end=3751
 # @@protoc_insertion_point(module_scope)

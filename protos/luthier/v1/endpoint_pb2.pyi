@@ -454,24 +454,43 @@ class Autoscaling(_message.Message):
     MIN_REPLICAS_FIELD_NUMBER: _builtins.int
     MAX_REPLICAS_FIELD_NUMBER: _builtins.int
     TARGET_ONGOING_REQUESTS_FIELD_NUMBER: _builtins.int
+    SCALE_TO_ZERO_FIELD_NUMBER: _builtins.int
+    DOWNSCALE_SECONDS_FIELD_NUMBER: _builtins.int
+    UPSCALE_SECONDS_FIELD_NUMBER: _builtins.int
     min_replicas: _builtins.int
-    """At least 1; 1 where absent."""
+    """At least 1; 1 where absent. See scale_to_zero."""
     max_replicas: _builtins.int
     """At least min_replicas; the same where absent."""
     target_ongoing_requests: _builtins.float
     """Requests in progress per replica that scaling aims at, > 0; 4 where absent."""
+    scale_to_zero: _builtins.bool
+    """Let all replicas go when nobody asks; the first request then waits for one to start. Replaces min_replicas, which may be 1 at most."""
+    downscale_seconds: _builtins.float
+    """Seconds of too little to do after which replicas go, >= 0; 300 where absent."""
+    upscale_seconds: _builtins.float
+    """Seconds of too much to do after which replicas come, >= 0; 10 where absent. From none, one comes at once."""
     def __init__(
         self,
         *,
         min_replicas: _builtins.int = ...,
         max_replicas: _builtins.int = ...,
         target_ongoing_requests: _builtins.float = ...,
+        scale_to_zero: _builtins.bool = ...,
+        downscale_seconds: _builtins.float | None = ...,
+        upscale_seconds: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_downscale_seconds", b"_downscale_seconds", "_upscale_seconds", b"_upscale_seconds", "downscale_seconds", b"downscale_seconds", "upscale_seconds", b"upscale_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "target_ongoing_requests", b"target_ongoing_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_downscale_seconds", b"_downscale_seconds", "_upscale_seconds", b"_upscale_seconds", "downscale_seconds", b"downscale_seconds", "max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "scale_to_zero", b"scale_to_zero", "target_ongoing_requests", b"target_ongoing_requests", "upscale_seconds", b"upscale_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__downscale_seconds: _TypeAlias = _typing.Literal["downscale_seconds"]  # noqa: Y015
+    _WhichOneofArgType__downscale_seconds: _TypeAlias = _typing.Literal["_downscale_seconds", b"_downscale_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__upscale_seconds: _TypeAlias = _typing.Literal["upscale_seconds"]  # noqa: Y015
+    _WhichOneofArgType__upscale_seconds: _TypeAlias = _typing.Literal["_upscale_seconds", b"_upscale_seconds"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__downscale_seconds) -> _WhichOneofReturnType__downscale_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__upscale_seconds) -> _WhichOneofReturnType__upscale_seconds | None: ...
 
 Global___Autoscaling: _TypeAlias = Autoscaling  # noqa: Y015
 

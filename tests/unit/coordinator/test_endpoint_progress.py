@@ -296,3 +296,36 @@ async def test_aliases_are_told_where_they_stand_for_something_that_answers(
     await settled(deployer, serving)
     (entry,) = serving.knows["endpoints"]
     assert entry["aliases"] == {"champion": ["a@2"]}
+
+
+async def test_one_that_sleeps_is_ready_once_it_has_shown_that_it_starts(
+    deployer: Deployer, serving: FakeServing, store: Store
+) -> None:
+    def deployed(session: Session) -> None:
+        moment = tables.now()
+        row = tables.Endpoint(project_id="default", id="desk", state="", create_time=moment, update_time=moment)
+        want(row, {"a@1": 1})
+        row.desired["endpoint"]["autoscaling"] |= {"scale_to_zero": True, "min_replicas": 1}
+        session.add(row)
+
+    store.write_now(deployed)
+    await deployer.round()
+    (app,) = serving.apps
+    scaling = next(each for each in serving.config["applications"] if each["name"] == app)["deployments"][0]["autoscaling_config"]
+    assert (scaling["min_replicas"], scaling["initial_replicas"]) == (0, 1)
+    await settled(deployer, serving)
+    assert row_of(store).state == progress.DEPLOYING  # it has not started yet
+    serving.ready[app] = 1
+    await settled_awake(deployer, serving, app)
+    assert (row_of(store).state, serving.routes()) == (progress.READY, {"a@1": 1})
+    await settled(deployer, serving)
+    row = row_of(store)
+    assert (row.state, row.ready_replicas, row.cpus, serving.routes()) == (progress.READY, {"a@1": 0}, 0.0, {"a@1": 1})
+
+
+async def settled_awake(deployer: Deployer, serving: FakeServing, app: str) -> None:
+    for _ in range(3):
+        serving.settle()
+        serving.ready[app] = 1
+        serving.ray.details["applications"][app] = serving._app(app)
+        await deployer.round()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 
@@ -10,6 +11,7 @@ from common.errors import InvalidArgument
 from common.rows import Message, Row
 from luthier.v1 import evaluation_pb2
 from serving.engines import Completion, Engine, Request, Score
+from serving.engines.base import Lanes
 
 LIMIT = 200
 
@@ -24,7 +26,10 @@ class KnownEngine(Engine):
         self.answers = answers
         self.params = []
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def lanes(self) -> Lanes:
+        raise NotImplementedError
+
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         return "|".join(message["content"] for message in messages)
 
     def check(self, prompt: str) -> int:
@@ -146,7 +151,7 @@ def test_an_empty_split_is_refused():
 
 def test_a_conversation_that_the_template_refuses_is_named_by_line():
     class Strict(KnownEngine):
-        def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
             raise InvalidArgument("roles must alternate")
 
     with pytest.raises(InvalidArgument, match=r"line 7 .*roles must alternate"):
