@@ -72,6 +72,7 @@ class GatewayArgs:
     """What the gateway is told when it starts. What changes while it runs comes in its snapshot."""
 
     max_body_bytes: int = 4 * 2**20
+    body_timeout_s: float = 30.0  # for the whole of a body to arrive
     max_in_flight: int = 512
     request_timeout_s: float = 600.0
     cache_bytes: int = 64 * 2**20  # of answers that are kept; 0 keeps none

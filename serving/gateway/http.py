@@ -184,6 +184,7 @@ def create_app(state: GatewayState) -> FastAPI:
         Shell,
         snapshot=lambda: state.snapshot,
         max_body_bytes=state.args.max_body_bytes,
+        body_timeout_s=state.args.body_timeout_s,
         names_requests=state.args.names_requests,
     )
     return app

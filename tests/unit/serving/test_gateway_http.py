@@ -260,6 +260,29 @@ async def test_a_body_too_large_is_refused_whether_or_not_it_says_so(client: htt
     assert not backend.asks
 
 
+async def test_a_body_that_trickles_in_is_given_up_and_one_that_pauses_is_not(state: GatewayState, backend: FakeBackend) -> None:
+    state.args = GatewayArgs(body_timeout_s=0.2, names_requests=True)
+    whole = json.dumps(chat()).encode()
+
+    async def trickle(pause_s: float) -> AsyncIterator[bytes]:
+        for start in range(0, len(whole), 8):
+            yield whole[start : start + 8]
+            await asyncio.sleep(pause_s)
+
+    transport = httpx.ASGITransport(create_app(state), raise_app_exceptions=False)
+    headers = {"authorization": "Bearer good"}
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=headers) as client:
+        error = await refused(client, 408, content=trickle(0.05))
+        assert (error["code"], "0.2 seconds" in error["message"]) == ("request_timeout", True)
+        assert not backend.asks
+        backend.wait.clear()
+        answering = asyncio.create_task(client.post("/v1/chat/completions", content=trickle(0.001)))
+        await backend.asked.acquire()
+        await asyncio.sleep(0.25)  # an answer may take longer than a body
+        backend.wait.set()
+        assert (await answering).status_code == 200
+
+
 @pytest.mark.parametrize("path", ["/", "/v1", "/v1/embeddings", "/docs", "/openapi.json", "/v1/models/a/b"])
 async def test_unknown_paths_have_openais_shape(client: httpx.AsyncClient, path: str) -> None:
     assert (await refused(client, 404, path, json={}))["code"] == "unknown_url"
