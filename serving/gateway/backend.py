@@ -17,7 +17,11 @@ from serving.wire import AdapterRef, Ask, Event
 
 
 class ServeBackend:
-    """Applications by their name on the Ray Serve that this process belongs to."""
+    """Applications by their name on the Ray Serve that this process belongs to.
+
+    A replica that dies before it said anything is made up for by another, once: a request that itself kills replicas must not go
+    through all of them. Where the first event of a stream has been passed on, the client is told instead.
+    """
 
     def __init__(self) -> None:
         self._handles: dict[str, DeploymentHandle[Any]] = {}
@@ -39,30 +43,32 @@ class ServeBackend:
     async def complete(self, app: str, ask: Ask) -> list[Completion]:
         """Return the completions of `ask` by the application `app`."""
         handle = await self._handle(app)
-        response: Any = handle.complete.remote(ask)
         try:
-            completions: list[Completion] = await response
-        except asyncio.CancelledError:
-            response.cancel()
-            raise
+            try:
+                return await _completed(handle, ask)
+            except RayActorError:
+                return await _completed(handle, ask)
         except Exception as error:
             raise _translated(error) from error
-        return completions
 
     async def stream(self, app: str, ask: Ask) -> AsyncIterator[Event]:
         """Yield Started, texts, and the Completion; closing it early ends the generation."""
         handle = await self._handle(app)
-        response: Any = handle.options(stream=True).stream.remote(ask)
-        done = False
-        try:
-            async for event in response:
-                done = isinstance(event, Completion)
-                yield event
-        except Exception as error:
-            raise _translated(error) from error
-        finally:
-            if not done:
-                response.cancel()
+        for retry in (True, False):
+            response: Any = handle.options(stream=True).stream.remote(ask)
+            begun = done = False
+            try:
+                async for event in response:
+                    begun = True
+                    done = isinstance(event, Completion)
+                    yield event
+                return
+            except Exception as error:
+                if begun or not (retry and isinstance(error, RayActorError)):
+                    raise _translated(error) from error
+            finally:
+                if not done:
+                    response.cancel()
 
     async def _handle(self, app: str) -> DeploymentHandle[Any]:
         handle = self._handles.get(app)
@@ -73,6 +79,16 @@ class ServeBackend:
                 raise Unavailable("The model is not ready yet.") from error
             self._handles[app] = handle
         return handle
+
+
+async def _completed(handle: DeploymentHandle[Any], ask: Ask) -> list[Completion]:
+    response: Any = handle.complete.remote(ask)
+    try:
+        completions: list[Completion] = await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
+    return completions
 
 
 def _translated(error: BaseException) -> BaseException:
