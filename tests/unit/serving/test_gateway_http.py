@@ -310,6 +310,19 @@ async def test_only_its_own_host_names_are_answered(client: httpx.AsyncClient, h
     assert (await client.get("/v1/models", headers={"host": host})).status_code == status
 
 
+async def test_pages_of_other_sites_are_given_nothing(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    page = {"origin": "https://evil.example", "sec-fetch-site": "cross-site"}
+    wants = {"access-control-request-method": "POST", "access-control-request-headers": "authorization, content-type"}
+    asked_before = await client.options("/v1/chat/completions", headers={**page, **wants})
+    assert asked_before.status_code == 405  # so that the browser does not send the request itself
+    read = await client.get("/v1/models", headers=page)
+    del client.headers["authorization"]  # what a form sends without asking before has no key
+    await refused(client, 401, content=json.dumps(chat()), headers={**page, "content-type": "text/plain"})
+    assert not backend.asks
+    for response in (asked_before, read):
+        assert not [name for name in response.headers if name.startswith("access-control-")]
+
+
 async def test_health_needs_no_key_and_any_host_where_none_is_listed(client: httpx.AsyncClient, state: GatewayState) -> None:
     del client.headers["authorization"]
     assert (await client.get("/healthz")).json() == {"status": "ok"}
