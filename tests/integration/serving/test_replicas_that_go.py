@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from common import manifest
@@ -28,6 +31,7 @@ class Stack:
 
     def __init__(self, ray: Any, model: Path, storage: Path) -> None:
         self._ray = ray
+        self.storage = storage
         uri = storage.as_uri()
         self.app = ModelApp(uri, manifest.publish(model, uri).sha256, cpus=0.5, min_replicas=2, max_replicas=2)
         self.url = f"http://127.0.0.1:{ray.gateway_port}/v1/chat/completions"
@@ -39,9 +43,9 @@ class Stack:
         self._ray.wait_ready("gateway", *(app.name for app in apps))
 
     def replicas(self) -> list[int]:
-        """Process ids."""
+        """Process ids. For some seconds Serve still names those that were killed."""
         (model,) = self._ray.details()["applications"][self.app.name]["deployments"].values()
-        return [replica["pid"] for replica in model["replicas"] if replica["state"] == "RUNNING"]
+        return [replica["pid"] for replica in model["replicas"] if replica["state"] == "RUNNING" and alive(replica["pid"])]
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +71,13 @@ def chat(max_tokens: int, **more: Any) -> dict[str, Any]:
     }
 
 
+def alive(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_no_request_fails_as_a_replica_is_killed_under_load(stack: Stack, client: httpx.Client) -> None:
     begun, enough = threading.Barrier(CLIENTS + 1), threading.Event()
 
@@ -89,6 +100,18 @@ def test_no_request_fails_as_a_replica_is_killed_under_load(stack: Stack, client
         answers = [answer for each in asking for answer in each.result(120)]
     assert len(answers) >= 3 * CLIENTS
     assert {status for status, _ in answers} == {200}, [text for _, text in answers if text]
+
+
+def test_weights_reach_a_node_once(stack: Stack, client: httpx.Client) -> None:
+    shutil.rmtree(stack.storage)  # whoever looks there from now on fails
+    before = stack.replicas()
+    for replica in before:
+        os.kill(replica, signal.SIGKILL)
+    deadline = time.monotonic() + 120
+    while len(after := set(stack.replicas()) - set(before)) < 2:
+        assert time.monotonic() < deadline, after
+        time.sleep(0.3)
+    assert client.post(stack.url, json=chat(1)).status_code == 200
 
 
 def test_a_model_that_is_taken_down_ends_its_answers_first(stack: Stack, client: httpx.Client) -> None:
