@@ -23,6 +23,8 @@ SCHEMA = pa.schema(
         ("line", pa.int64()),
     ]
 )
+# As pairs are kept; other splits have the form that they always had, so that equal rows make equal files.
+PAIRS = SCHEMA.insert(3, pa.field("rejected", pa.string()))
 BATCH = 2048
 
 
@@ -39,6 +41,8 @@ class Row:
     """One example. A chat has `messages`, the last by the assistant; any other row has a prompt and a completion.
 
     A row of text and label has the text as its prompt and the label as its completion. `label` is empty where rows carry none.
+    A pair has the chosen answer as its completion, or as its last message, and `rejected`, which took its place in the other one.
+    A prompt alone has no completion, and a text alone no prompt.
     `line` is where the row stood in its source, for messages; it is no part of the content.
     """
 
@@ -47,10 +51,12 @@ class Row:
     completion: str = ""
     label: str = ""
     line: int = 0
+    rejected: str = ""
 
     def canonical(self) -> bytes:
         """Return the row as one line of canonical JSON: equal content, equal bytes."""
         content: dict[str, Any] = {"label": self.label} if self.label else {}
+        content |= {"rejected": self.rejected} if self.rejected else {}
         if self.messages is not None:
             content["messages"] = [{"role": message.role, "content": message.content} for message in self.messages]
         else:
@@ -60,8 +66,8 @@ class Row:
     def characters(self) -> int:
         """Return the length of all texts of the row."""
         if self.messages is not None:
-            return sum(len(message.content) for message in self.messages)
-        return len(self.prompt) + len(self.completion)
+            return sum(len(message.content) for message in self.messages) + len(self.rejected)
+        return len(self.prompt) + len(self.completion) + len(self.rejected)
 
 
 def content_hash(rows: Iterable[Row]) -> str:
@@ -84,7 +90,8 @@ class SplitWriter:
         self.count = 0
         self._digest = hashlib.sha256()
         self._batch: list[Row] = []
-        self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd")
+        self._path = path
+        self._writer: pq.ParquetWriter | None = None
 
     @property
     def content_hash(self) -> str:
@@ -103,12 +110,17 @@ class SplitWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._batch:
+        if self._batch or self._writer is None:
             self._write()
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def _write(self) -> None:
-        self._writer.write_table(_table(self._batch))
+        if self._writer is None:
+            # Rows are pairs all of them or none.
+            self._schema = PAIRS if self._batch and self._batch[0].rejected else SCHEMA
+            self._writer = pq.ParquetWriter(self._path, self._schema, compression="zstd")
+        self._writer.write_table(_table(self._batch, self._schema))
         self._batch = []
 
 
@@ -124,7 +136,7 @@ def iter_split(path: Path) -> Iterator[Row]:
     """Yield the rows of a split in order, a batch in memory at a time. Raises FailedPrecondition where the file is not one."""
     try:
         with pq.ParquetFile(path) as file:
-            if not file.schema_arrow.equals(SCHEMA):
+            if not any(file.schema_arrow.equals(schema) for schema in (SCHEMA, PAIRS)):
                 raise FailedPrecondition(f"{path} does not hold rows of this version's form", "ARTIFACT_DAMAGED")
             for batch in file.iter_batches(BATCH):
                 yield from map(_row, batch.to_pylist())
@@ -146,10 +158,10 @@ def read_split(path: Path) -> list[Row]:
     return list(iter_split(path))
 
 
-def _table(rows: list[Row]) -> Any:
+def _table(rows: list[Row], schema: Any) -> Any:
     chats = [None if r.messages is None else [{"role": m.role, "content": m.content} for m in r.messages] for r in rows]
-    columns = [chats, *([getattr(row, name) for row in rows] for name in SCHEMA.names[1:])]
-    return pa.table([pa.array(values, field.type) for values, field in zip(columns, SCHEMA, strict=True)], SCHEMA)
+    columns = [chats, *([getattr(row, name) for row in rows] for name in schema.names[1:])]
+    return pa.table([pa.array(values, field.type) for values, field in zip(columns, schema, strict=True)], schema)
 
 
 def _row(values: dict[str, Any]) -> Row:

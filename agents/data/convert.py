@@ -34,20 +34,58 @@ def to_row(record: Record, mapped: Mapped) -> tuple[Row, str]:
     """Return the row and the split that the file puts it in (empty where it says none). Raises RowProblem."""
     parts: dict[str, Any] = {}
     violations = []
+    pairs = mapped.shape == dataset_pb2.ROW_SHAPE_PREFERENCE
+    readers = _READERS | {"prompt": _text_or_chat} if pairs else _READERS
     for part, column in mapped.columns.items():
         try:
-            parts[part] = _READERS[part](record.values.get(column))
+            parts[part] = readers[part](record.values.get(column))
         except _Bad as problem:
             hint = OPTIONAL_HINT.format(part) if part in mapped.optional else ""
             violations.append(Violation(f"{record.place} column {column}", f"{problem}{hint}"))
     if violations:
         raise RowProblem(violations)
     label, split = parts.get("label", ""), parts.get("split", "")
+    if pairs:
+        try:
+            return _pair(parts.get("prompt", ""), parts["chosen"], parts["rejected"], record.line), split
+        except _Bad as problem:
+            raise RowProblem([Violation(f"{record.place} column {mapped.columns['rejected']}", str(problem))]) from None
     if mapped.shape == dataset_pb2.ROW_SHAPE_CHAT:
         return Row(messages=parts["messages"], label=label, line=record.line), split
     if mapped.shape == dataset_pb2.ROW_SHAPE_TEXT_LABEL:
         return Row(prompt=parts["text"], completion=label, label=label, line=record.line), split
-    return Row(prompt=parts["prompt"], completion=parts["completion"], label=label, line=record.line), split
+    if mapped.shape == dataset_pb2.ROW_SHAPE_TEXT:
+        return Row(completion=parts["text"], line=record.line), split
+    return Row(prompt=parts["prompt"], completion=parts.get("completion", ""), label=label, line=record.line), split
+
+
+def _pair(prompt: Any, chosen: Any, rejected: Any, line: int) -> Row:
+    """A pair from texts, or from chats: with the prompt in a column of its own, or in both of them."""
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise _Bad("is a text where chosen is a chat, or the other way round")
+    if isinstance(chosen, str):
+        if not isinstance(prompt, str) or not prompt:
+            raise _Bad("is a text, so the row needs a prompt that is one; map it with --map prompt=COLUMN")
+        if chosen == rejected:
+            raise _Bad("is the same as chosen, so there is nothing to prefer")
+        return Row(prompt=prompt, completion=chosen, rejected=rejected, line=line)
+    if not any(message.role == "user" for message in chosen):
+        before = (Message("user", prompt),) if isinstance(prompt, str) and prompt else prompt or ()
+        chosen, rejected = (*before, *chosen), (*before, *rejected)
+    for name, chat in (("chosen", chosen), ("rejected", rejected)):
+        if chat[-1].role != "assistant" or not any(message.role == "user" for message in chat):
+            raise _Bad(f"has to be answered: {name} needs a message by the user, and the last one by the assistant")
+    if chosen[:-1] != rejected[:-1]:
+        raise _Bad("differs from chosen before its last message; pairs are two answers to one prompt")
+    if chosen[-1] == rejected[-1]:
+        raise _Bad("is the same as chosen, so there is nothing to prefer")
+    return Row(messages=chosen, rejected=rejected[-1].content, line=line)
+
+
+def _text_or_chat(value: Any) -> str | tuple[Message, ...]:
+    if isinstance(value, list) and value:
+        return tuple(_message(number, item) for number, item in enumerate(value, 1))
+    return _text(value)
 
 
 def _text(value: Any) -> str:
@@ -116,4 +154,13 @@ def _message(number: int, item: Any) -> Message:
         raise _Bad(f"content of message {number} {problem}") from problem
 
 
-_READERS = {"messages": _messages, "prompt": _text, "completion": _text, "text": _text, "label": _label, "split": _split}
+_READERS = {
+    "messages": _messages,
+    "prompt": _text,
+    "completion": _text,
+    "chosen": _text_or_chat,
+    "rejected": _text_or_chat,
+    "text": _text,
+    "label": _label,
+    "split": _split,
+}

@@ -1,4 +1,4 @@
-"""What the rows of a file are, by its columns: chats, prompts with completions, or texts with labels."""
+"""What the rows of a file are, by its columns: chats, pairs, prompts and completions, texts and labels."""
 
 from __future__ import annotations
 
@@ -13,16 +13,28 @@ USUAL: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "conversations", "conversation", "chat"),
     "prompt": ("prompt", "instruction", "question", "input"),
     "completion": ("completion", "response", "answer", "output"),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
     "text": ("text", "body", "content"),
     "label": ("label", "category", "class"),
     "split": ("split",),
 }
 SHAPES: dict[dataset_pb2.RowShape, tuple[str, ...]] = {
+    # First, because files of pairs often have the chosen chat in a column of its own too.
+    dataset_pb2.ROW_SHAPE_PREFERENCE: ("chosen", "rejected"),
     dataset_pb2.ROW_SHAPE_CHAT: ("messages",),
     dataset_pb2.ROW_SHAPE_PROMPT_COMPLETION: ("prompt", "completion"),
     dataset_pb2.ROW_SHAPE_TEXT_LABEL: ("text", "label"),
+    dataset_pb2.ROW_SHAPE_PROMPT: ("prompt",),
+    dataset_pb2.ROW_SHAPE_TEXT: ("text",),
 }
 OPTIONAL = ("label", "split")
+# Parts that only rows of some shapes may have, beside those that all of that shape have.
+_ALSO: dict[dataset_pb2.RowShape, tuple[str, ...]] = {
+    dataset_pb2.ROW_SHAPE_PREFERENCE: ("prompt", "split"),
+    dataset_pb2.ROW_SHAPE_PROMPT: ("split",),
+    dataset_pb2.ROW_SHAPE_TEXT: ("split",),
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,7 @@ class Mapped:
     @property
     def optional(self) -> frozenset[str]:
         """Parts that the rows could do without."""
-        return frozenset(OPTIONAL) - frozenset(SHAPES[self.shape])
+        return frozenset(_ALSO.get(self.shape, OPTIONAL)) - frozenset(SHAPES[self.shape])
 
 
 def recognise(columns: Sequence[str], explicit: Mapping[str, str]) -> Mapped:
@@ -49,9 +61,11 @@ def recognise(columns: Sequence[str], explicit: Mapping[str, str]) -> Mapped:
     explicit = {part: column for part, column in explicit.items() if column}
     for shape, parts in _candidates(explicit):
         if all(found[part] for part in parts):
-            wanted = [*parts, *(part for part in OPTIONAL if part not in parts)]
+            wanted = [*parts, *(part for part in _ALSO.get(shape, OPTIONAL) if part not in parts)]
             chosen = {part: column for part in wanted if (column := found[part])}
             unused = sorted(set(explicit) - set(chosen))
+            if unused and shape in (dataset_pb2.ROW_SHAPE_PROMPT, dataset_pb2.ROW_SHAPE_TEXT):
+                continue
             if unused:
                 raise _bad([Violation(f"columns.{unused[0]}", f"rows with {' and '.join(parts)} have no part {unused[0]!r}")])
             _check_unambiguous(chosen, columns, explicit)

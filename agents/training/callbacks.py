@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,10 +25,27 @@ _RECORDED = {
     "grad_norm": "grad_norm",
     "mean_token_accuracy": "token_accuracy",
     "entropy": "entropy",
+    "rewards/margins": "reward_margin",
+    "rewards/accuracies": "reward_accuracy",
+    "margin": "reward_margin",
+    "accuracy": "reward_accuracy",
+    "kl": "kl",
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "completions/mean_length": "completion_length",
+    "completions/clipped_ratio": "completions_clipped",
 }
+# Of each reward that answers get: rewards/NAME/mean.
+_EACH_REWARD = re.compile(r"rewards/(\w+)/mean")
 
 
 HELD_OUT = "eval_loss"
+
+
+def _recorded(logs: dict[str, Any]) -> dict[str, float]:
+    """The figures of a step, by the names under which they are recorded."""
+    names = {key: _RECORDED.get(key) or _EACH_REWARD.sub(r"reward_\1", key) for key in logs}
+    return {name: float(logs[key]) for key, name in names.items() if logs[key] is not None and (key in _RECORDED or name != key)}
 
 
 def _waiting(state: TrainerState) -> str:
@@ -121,7 +139,7 @@ class RunCallback(TrainerCallback):
                 "LOSS_NOT_FINITE",
             )
         self.losses.append(loss)
-        self._figures = {name: float(logs[key]) for key, name in _RECORDED.items() if key in logs}
+        self._figures = _recorded(logs)
         if self._context.is_main:
             self._report(args, state, logs, loss)
         if self._trial_step == state.global_step and self._context.trial_reports is not None:
@@ -172,7 +190,7 @@ class RunCallback(TrainerCallback):
             progress.remaining.FromMilliseconds(int(1000 * pace * max(state.max_steps - state.global_step, 0)))
         self._context.reporter.progress(progress)
         self._told = progress
-        figures = {name: float(logs[key]) for key, name in _RECORDED.items() if key in logs and math.isfinite(float(logs[key]))}
+        figures = {name: value for name, value in _recorded(logs).items() if math.isfinite(value)}
         figures |= {"tokens_per_second": rate, "epoch": progress.epoch}
         if self.gpu is not None:
             figures |= self.gpu.at(rate)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from google.protobuf.json_format import MessageToDict
 
+from common import methods
 from common.errors import InvalidArgument, Violation
 from common.keeping import Keep
 from luthier.v1 import training_pb2
@@ -38,6 +39,31 @@ class LoraSettings:
     alpha: float = 32.0
     dropout: float = 0.0
     target_modules: tuple[str, ...] = ()
+    rank_stabilized: bool = False
+    decompose: bool = False
+
+
+@dataclass(frozen=True)
+class PreferenceSettings:
+    """How preferences are learned."""
+
+    beta: float = 0.1
+    loss: str = ""
+    label_smoothing: float = 0.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class ReinforcementSettings:
+    """How rewards are learned from. Each of `rewards` is a training_pb2.Reward."""
+
+    num_generations: int = 8
+    max_completion_length: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    beta: float = 0.0
+    rewards: tuple[training_pb2.Reward, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +94,10 @@ class TrainConfig:
     loss_on_all: bool = False
     precision: PrecisionName = "auto"
     packing: PackingName = "auto"
+    adapter: bool = False
+    score: bool = True
+    preference: PreferenceSettings = field(default_factory=PreferenceSettings)
+    reinforcement: ReinforcementSettings = field(default_factory=ReinforcementSettings)
 
     @classmethod
     def of(cls, spec: training_pb2.FinetuneSpec) -> TrainConfig:
@@ -76,9 +106,10 @@ class TrainConfig:
         method = spec.method or "full"
         check_enums(spec)
         rank = _given(lora, "rank", 16)
+        adapter = methods.trains_adapter(spec)
         config = cls(
             method=method,
-            learning_rate=_given(hyper, "learning_rate", default_learning_rate(spec.base, method)),
+            learning_rate=_given(hyper, "learning_rate", default_learning_rate(spec.base, method, adapter)),
             epochs=_given(hyper, "epochs", 3.0),
             max_steps=_given(hyper, "max_steps", -1),
             batch_size=_given(hyper, "batch_size", 8),
@@ -90,7 +121,12 @@ class TrainConfig:
             scheduler=_given(hyper, "scheduler", "linear"),
             seed=_given(hyper, "seed", 42),
             lora=LoraSettings(
-                rank, _given(lora, "alpha", 2.0 * max(rank, 1)), _given(lora, "dropout", 0.0), tuple(lora.target_modules)
+                rank,
+                _given(lora, "alpha", 2.0 * max(rank, 1)),
+                _given(lora, "dropout", 0.0),
+                tuple(lora.target_modules),
+                lora.rank_stabilized or method == "rslora",
+                lora.decompose or method == "dora",
             ),
             zero_stage=_given(spec.sharding, "zero_stage", 2),
             workers=spec.workers or 1,
@@ -103,10 +139,15 @@ class TrainConfig:
             loss_on_all=spec.loss_on == training_pb2.LOSS_ON_ALL,
             precision=_PRECISIONS[spec.precision],
             packing=_PACKINGS[spec.packing],
+            adapter=adapter,
+            score=not spec.evaluation.disabled,
+            preference=_preference(spec),
+            reinforcement=_reinforcement(spec),
         )
         given = {name: spec.checkpoints.HasField(name) for name in ("keep_best", "keep_every")}
         given["metric"] = bool(spec.checkpoints.metric)
-        if violations := config.violations(given=hyper) + config.keep.violations(given, "checkpoints"):
+        violations = config.violations(given=hyper) + config.keep.violations(given, "checkpoints")
+        if violations := violations + methods.violations(spec, ""):
             raise InvalidArgument.of(violations)
         return config
 
@@ -136,6 +177,19 @@ class TrainConfig:
         ]
         return [Violation(path, text) for good, path, text in checks if not good]
 
+    def _method_parameters(self) -> dict[str, Any]:
+        settings = methods.METHODS[self.method].settings if self.method in methods.METHODS else ""
+        if settings == "preference":
+            names: tuple[str, ...] = ("beta", "loss")
+            names += ("label_smoothing",) if self.method == "dpo" else ("desirable_weight", "undesirable_weight")
+            return {f"preference.{name}": getattr(self.preference, name) for name in names}
+        if settings == "reinforcement":
+            names = ("num_generations", "max_completion_length", "temperature", "top_p", "beta")
+            used = {f"reinforcement.{name}": getattr(self.reinforcement, name) for name in names}
+            worth = [f"{methods.reward_name(each)}*{_given(each, 'weight', 1.0):g}" for each in self.reinforcement.rewards]
+            return used | {"reinforcement.rewards": ",".join(worth)}
+        return {}
+
     def parameters(self) -> dict[str, str]:
         """The hyperparameters that were used, by their paths in a FinetuneSpec, for the lineage of the model."""
         hyper = {
@@ -153,17 +207,45 @@ class TrainConfig:
         used: dict[str, Any] = {f"hyperparameters.{name}": value for name, value in hyper.items()}
         used |= {"sharding.zero_stage": self.zero_stage, "workers": self.workers}
         used["loss_on"] = "LOSS_ON_ALL" if self.loss_on_all else "LOSS_ON_COMPLETION"
-        if self.method == "lora":
+        if self.adapter:
             used |= {"lora.rank": self.lora.rank, "lora.alpha": self.lora.alpha, "lora.dropout": self.lora.dropout}
             used["lora.target_modules"] = ",".join(self.lora.target_modules) or "all-linear"
+            used |= {f"lora.{name}": "true" for name in ("rank_stabilized", "decompose") if getattr(self.lora, name)}
+        used |= self._method_parameters()
         return {path: f"{value:g}" if isinstance(value, float) else str(value) for path, value in used.items()}
 
 
-def default_learning_rate(base: str, method: str) -> float:
-    """The peak learning rate where none is given."""
+def default_learning_rate(base: str, method: str, adapter: bool = False) -> float:
+    """The peak learning rate where none is given: smaller where what is there already is only to be shifted."""
+    shifted = method in methods.METHODS and bool(methods.METHODS[method].settings)
     if base == TINY:
-        return 1e-3
-    return 2e-4 if method == "lora" else 5e-5
+        return 1e-4 if shifted else 1e-3
+    if shifted:
+        return 1e-5 if adapter else 1e-6
+    return 2e-4 if adapter else 5e-5
+
+
+def _preference(spec: training_pb2.FinetuneSpec) -> PreferenceSettings:
+    given = spec.preference
+    return PreferenceSettings(
+        beta=_given(given, "beta", 0.1),
+        loss=given.loss or ("kto" if spec.method == "kto" else "sigmoid"),
+        label_smoothing=_given(given, "label_smoothing", 0.0),
+        desirable_weight=_given(given, "desirable_weight", 1.0),
+        undesirable_weight=_given(given, "undesirable_weight", 1.0),
+    )
+
+
+def _reinforcement(spec: training_pb2.FinetuneSpec) -> ReinforcementSettings:
+    given = spec.reinforcement
+    return ReinforcementSettings(
+        num_generations=_given(given, "num_generations", 8),
+        max_completion_length=_given(given, "max_completion_length", 256),
+        temperature=_given(given, "temperature", 1.0),
+        top_p=_given(given, "top_p", 1.0),
+        beta=methods.divergence_weight(spec),
+        rewards=tuple(given.rewards),
+    )
 
 
 def check_enums(spec: training_pb2.FinetuneSpec) -> None:

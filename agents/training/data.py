@@ -54,11 +54,21 @@ class Example:
 
 def tokenise(tokenizer: Tokenizer, row: Row, max_length: int, *, loss_on_all: bool = False) -> Example:
     """Tokenise one row, cut at the end to `max_length` tokens."""
-    input_ids, answers = _with_template(tokenizer, row) if tokenizer.chat_template else _without_template(tokenizer, row)
+    input_ids, answers = _rendered(tokenizer, row)
     labels = list(input_ids) if loss_on_all else [IGNORED] * len(input_ids)
     for start, end in answers:
         labels[start:end] = input_ids[start:end]
     return Example(input_ids[:max_length], labels[:max_length], len(input_ids), _targets(labels))
+
+
+def answered(tokenizer: Tokenizer, row: Row) -> tuple[list[int], int]:
+    """The tokens of a whole row, and where its last answer begins."""
+    input_ids, answers = _rendered(tokenizer, row)
+    return input_ids, answers[-1][0]
+
+
+def _rendered(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[tuple[int, int]]]:
+    return _with_template(tokenizer, row) if tokenizer.chat_template else _without_template(tokenizer, row)
 
 
 def _targets(labels: Sequence[int]) -> int:

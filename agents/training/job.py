@@ -23,6 +23,7 @@ from agents.training.ray_entry import resources, run_training
 from agents.training.worker import TrainPayload, TrainResult
 from common import storage
 from common.errors import InvalidArgument, Violation
+from common.methods import METHODS
 from common.placement import selector_of
 from luthier.agent.v1 import agent_pb2
 from luthier.v1 import evaluation_pb2, job_pb2, training_pb2
@@ -136,7 +137,9 @@ class _Scoring:
         self._gpus = 1.0 if use_gpu else 0.0
         self._split = self._spec.split or DEFAULT_SPLIT
         self.output_name = claim.job.finetune.output_model or claim.inputs["dataset"].name.partition("@")[0]
-        self._enabled = not self._spec.disabled and self._has_split()
+        facts = METHODS.get(config.method)
+        # What learns from other rows than answers is scored by its own method.
+        self._enabled = not self._spec.disabled and (facts is None or facts.scored_as_answers) and self._has_split()
 
     def score(self, phase: str, name: str, base: Base, trained: TrainResult | None = None) -> evaluation_pb2.Evaluation | None:
         """Score the base, or what was trained on it; None where scoring is off."""

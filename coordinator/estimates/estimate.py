@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlmodel import Session
 
-from common import storage
+from common import methods, storage
 from common.errors import LuthierError
 from common.names import parse_version_ref
 from coordinator import messages, registry
@@ -106,7 +106,7 @@ def _setup(spec: training_pb2.FinetuneSpec) -> memory.Setup:
         length=hyper.max_length or 512,
         bf16=bf16,
         gpu=gpu,
-        lora_rank=(spec.lora.rank or 16) if spec.method == "lora" else 0,
+        lora_rank=(spec.lora.rank or 16) if methods.trains_adapter(spec) else 0,
     )
 
 

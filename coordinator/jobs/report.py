@@ -26,6 +26,10 @@ from luthier.agent.v1 import agent_pb2
 from luthier.v1 import job_pb2, model_pb2
 
 MAX_LOG_LINE = 8000
+_KINDS: dict[str, model_pb2.ModelKind] = {
+    "adapter": model_pb2.MODEL_KIND_ADAPTER,
+    "reward": model_pb2.MODEL_KIND_REWARD,
+}
 """Characters of a log line that are kept."""
 
 STOPPED_FROM_OUTSIDE = {
@@ -329,7 +333,7 @@ def _register(session: Session, job: tables.Job, run: int, outcome: agent_pb2.Ou
         ),
         content_hash=made.content_hash,
         artifact_uri=made.uri,
-        kind=model_pb2.MODEL_KIND_ADAPTER if made.model_kind == "adapter" else model_pb2.MODEL_KIND_FULL,
+        kind=_KINDS.get(made.model_kind, model_pb2.MODEL_KIND_FULL),
         size_bytes=made.size_bytes,
         chat_template_sha256=made.chat_template_sha256,
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from google.protobuf.message import Message
 
+from common import methods
 from common.errors import FailedPrecondition, InvalidArgument, LuthierError, NotFound, PermissionDenied, Unavailable, Violation
 from common.model_files import check_model_folder
 from common.names import HUB_ID, parse_version_ref
@@ -20,6 +21,7 @@ from luthier.agent.v1 import agent_pb2
 from luthier.v1 import dataset_pb2, job_pb2, model_pb2
 
 BUILTINS = ("builtin:tiny",)
+KINDS: dict[int, str] = {model_pb2.MODEL_KIND_ADAPTER: "adapter", model_pb2.MODEL_KIND_REWARD: "reward"}
 HUB_SECONDS = 10.0
 """How long the hub may take to answer while somebody waits for CreateJob."""
 
@@ -46,6 +48,7 @@ async def resolve(store: Store, project: str, job: job_pb2.Job, paths_allowed: b
         path = "job.finetune" if kind == "finetune" else "job.sweep.finetune"
         dataset = await _dataset(store, project, spec, f"{path}.dataset", resolved)
         _need_split(dataset, "train", f"{path}.dataset", "train on")
+        methods.check_rows(spec.method, dataset.schema.shape, dataset.schema.labels, f"{path}.dataset")
         if kind == "sweep" or not spec.evaluation.disabled:
             spec.evaluation.split = spec.evaluation.split or "test"
             _need_split(dataset, spec.evaluation.split, f"{path}.evaluation.split", "evaluate on")
@@ -56,12 +59,21 @@ async def resolve(store: Store, project: str, job: job_pb2.Job, paths_allowed: b
         if base.model_kind == "adapter":
             why = f"{spec.base} is an adapter and cannot be trained on; name the model it adapts"
             raise InvalidArgument.of([Violation(f"{path}.base", why)])
+        _no_reward_model(base, f"{path}.base", "trained on")
         spec.base = base.name
+        for number, reward in enumerate(spec.reinforcement.rewards):
+            if reward.WhichOneof("kind") == "reward_model":
+                where = f"{path}.reinforcement.rewards[{number}].reward_model.model"
+                resolved.inputs[f"reward:{methods.reward_name(reward)}"] = found = await _reward_model(
+                    store, project, reward.reward_model.model, where
+                )
+                reward.reward_model.model = found.name
     elif kind == "evaluate":
         dataset = await _dataset(store, project, job.evaluate, "job.evaluate.dataset", resolved)
         job.evaluate.split = job.evaluate.split or "test"
         _need_split(dataset, job.evaluate.split, "job.evaluate.split", "evaluate on")
         resolved.inputs["model"] = await model(store, project, job.evaluate.model, "job.evaluate.model", paths_allowed, hub_token)
+        _no_reward_model(resolved.inputs["model"], "job.evaluate.model", "evaluated on answers")
         job.evaluate.model = resolved.inputs["model"].name
     else:
         source = job.import_model.source
@@ -97,7 +109,7 @@ def registered(row: tables.ModelVersion) -> agent_pb2.Artifact:
         kind="registry",
         uri=row.uri,
         content_hash=row.content_hash,
-        model_kind="adapter" if version.kind == model_pb2.MODEL_KIND_ADAPTER else "full",
+        model_kind=KINDS.get(version.kind, "full"),
         chat_template_sha256=version.chat_template_sha256,
     )
     if artifact.model_kind == "adapter":
@@ -111,6 +123,21 @@ def registered(row: tables.ModelVersion) -> agent_pb2.Artifact:
             )
         )
     return artifact
+
+
+async def _reward_model(store: Store, project: str, text: str, where: str) -> agent_pb2.Artifact:
+    with _field(where):
+        ref = parse_version_ref(text, where, "models", project)
+        found = await store.read(lambda session: registered(find_model(session, project, ref)))
+    if found.model_kind != "reward":
+        raise InvalidArgument.of([Violation(where, f"{text} is no reward model; the method reward trains one")])
+    return found
+
+
+def _no_reward_model(artifact: agent_pb2.Artifact, where: str, what: str) -> None:
+    if artifact.model_kind == "reward":
+        why = f"{artifact.name} gives scores and no text, and cannot be {what}; it rewards in the methods grpo and rloo"
+        raise InvalidArgument.of([Violation(where, why)])
 
 
 async def _dataset(store: Store, project: str, spec: Message, where: str, resolved: Resolved) -> dataset_pb2.DatasetVersion:

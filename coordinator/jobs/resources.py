@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from common.errors import InvalidArgument, Violation
 from common.placement import selector_of
 from coordinator.scheduling.model import Demand, Shape
 from luthier.v1 import job_pb2, training_pb2
@@ -31,6 +32,10 @@ def fill_in(job: job_pb2.Job, cluster_has_gpus: bool) -> None:
         spec.worker_resources.cpus = 1.0
     if not spec.worker_resources.HasField("gpus"):
         spec.worker_resources.gpus = 1.0 if cluster_has_gpus else 0.0
+    if spec.method == "qlora" and not spec.worker_resources.gpus:
+        where = "job.finetune.method" if kind == "finetune" else "job.sweep.finetune.method"
+        why = "4-bit weights take GPUs, and the cluster has none or does not answer, or the job asks for none; use lora"
+        raise InvalidArgument.of([Violation(where, why)])
     if kind == "sweep":
         job.sweep.max_concurrent_trials = job.sweep.max_concurrent_trials or 1
 

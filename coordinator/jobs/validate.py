@@ -9,6 +9,7 @@ from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
+from common import methods as known_methods
 from common import placement
 from common.errors import InvalidArgument, Violation
 from common.keeping import Keep
@@ -123,11 +124,13 @@ def finetune(bad: Violations, spec: training_pb2.FinetuneSpec, path: str, method
     bad.number(spec.lora, "rank", f"{path}.lora", least=1, most=1024)
     bad.number(spec.lora, "alpha", f"{path}.lora", above=0)
     bad.number(spec.lora, "dropout", f"{path}.lora", least=0, most=0.999)
+    facts = known_methods.METHODS.get(spec.method)
     bad.check(
-        spec.method != "full" or not spec.HasField("lora"),
+        facts is None or facts.adapter != "never" or not spec.HasField("lora"),
         f"{path}.lora",
-        "given, but method 'full' trains no adapter; use method 'lora'",
+        f"given, but method {spec.method!r} trains no adapter; use method 'lora'",
     )
+    bad.extend(known_methods.violations(spec, f"{path}."))
     bad.number(spec.sharding, "zero_stage", f"{path}.sharding", least=0, most=3)
     bad.number(spec.worker_resources, "cpus", f"{path}.worker_resources", above=0, most=1024)
     bad.number(spec.worker_resources, "gpus", f"{path}.worker_resources", least=0, most=16)
@@ -169,6 +172,12 @@ def hyperparameters(bad: Violations, spec: training_pb2.Hyperparameters, path: s
 def sweep(bad: Violations, spec: sweep_pb2.SweepSpec, path: str, methods: frozenset[str] | None) -> None:
     """Check a sweep: its fine-tune and its search space."""
     finetune(bad, spec.finetune, f"{path}.finetune", methods)
+    facts = known_methods.METHODS.get(spec.finetune.method)
+    bad.check(
+        facts is None or facts.scored_as_answers,
+        f"{path}.finetune.method",
+        f"a sweep cannot judge what {spec.finetune.method} trains; it takes methods that learn answers, such as full and lora",
+    )
     bad.check(bool(spec.space), f"{path}.space", "empty: name at least one field to vary")
     grid = spec.algorithm == sweep_pb2.SWEEP_ALGORITHM_GRID
     for target, dimension in spec.space.items():

@@ -1,6 +1,7 @@
 """Runs a list of fine-tunes in several processes over gloo, as torchrun would start them: `python training_ranks.py PLAN RANK`.
 
-The plan is JSON: {port, world_size, base, data, out, runs: [{name, spec, storage?, nodes?, resume?, pause_at?, finish_at?}]}.
+The plan is JSON: {port, world_size, base, data, out, runs: [{name, spec, storage?, nodes?, resume?, pause_at?, finish_at?, data?,
+inputs?}]}. A run may have `data` of its own, and folders of other models that it reads by role (`inputs`).
 Rank 0 writes OUT/{name}.json after each run, with the losses of every step. With `nodes` every rank has a home of its own, as
 on a node of its own. `resume` is the URI of a checkpoint; after step `pause_at` a pause is wished, after `finish_at` an early
 end. All runs share the processes, because importing torch and DeepSpeed takes longer than training.
@@ -64,13 +65,17 @@ def _main(plan_path: str, rank: int) -> None:
     class Recorder(local.SilentReporter):
         def __init__(self) -> None:
             self.losses: list[float] = []
+            self.figures: list[dict[str, float]] = []
             self.checkpoints: list[str] = []
+            self.judged: dict[str, float] = {}
 
         def metrics(self, step: int, values: Any, trial: str = "") -> None:
             self.losses.append(values["loss"])
+            self.figures.append(dict(values))
 
         def checkpoint(self, checkpoint: job_pb2.Checkpoint) -> None:
             self.checkpoints.append(checkpoint.uri)
+            self.judged = dict(checkpoint.metrics)
 
     dist.init_process_group("gloo")
     out = Path(plan["out"])
@@ -88,7 +93,7 @@ def _main(plan_path: str, rank: int) -> None:
         result = local.train_locally(
             spec,
             Path(plan["base"]),
-            Path(plan["data"]),
+            Path(run.get("data", plan["data"])),
             out / node / run["name"],
             use_gpu=False,
             run_uri=run.get("storage", ""),
@@ -97,7 +102,7 @@ def _main(plan_path: str, rank: int) -> None:
             wish=wish,
         )
         if rank == 0:
-            result |= {"losses": recorder.losses, "checkpoints": recorder.checkpoints}
+            result |= {name: getattr(recorder, name) for name in ("losses", "checkpoints", "figures", "judged")}
             (out / f"{run['name']}.json").write_text(json.dumps(result))
     dist.destroy_process_group()
 

@@ -11,7 +11,14 @@ from common.errors import InvalidArgument, Violation
 
 ENTRY_POINTS = "luthier.methods"
 # Imported when asked for: a method pulls in torch.
-_BUILTIN = {"full": "agents.training.methods.full:FullMethod", "lora": "agents.training.methods.lora:LoraMethod"}
+_BUILTIN = {
+    "full": "agents.training.methods.full:FullMethod",
+    "lora": "agents.training.methods.lora:LoraMethod",
+    "rslora": "agents.training.methods.lora:RsLoraMethod",
+    "dora": "agents.training.methods.lora:DoraMethod",
+    "qlora": "agents.training.methods.lora:QloraMethod",
+    "dpo": "agents.training.methods.dpo:DpoMethod",
+}
 
 
 class Method(Protocol):

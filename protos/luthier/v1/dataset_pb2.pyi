@@ -34,6 +34,12 @@ class _RowShapeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RowShape.Val
     """A prompt and its completion, perhaps with a label."""
     ROW_SHAPE_TEXT_LABEL: _RowShape.ValueType  # 3
     """A text and its label."""
+    ROW_SHAPE_PREFERENCE: _RowShape.ValueType  # 4
+    """A prompt with a chosen and a rejected answer, or two chats that differ in their last message."""
+    ROW_SHAPE_PROMPT: _RowShape.ValueType  # 5
+    """A prompt without an answer."""
+    ROW_SHAPE_TEXT: _RowShape.ValueType  # 6
+    """A text."""
 
 class RowShape(_RowShape, metaclass=_RowShapeEnumTypeWrapper):
     """RowShape is what the rows of a data set are."""
@@ -46,6 +52,12 @@ ROW_SHAPE_PROMPT_COMPLETION: RowShape.ValueType  # 2
 """A prompt and its completion, perhaps with a label."""
 ROW_SHAPE_TEXT_LABEL: RowShape.ValueType  # 3
 """A text and its label."""
+ROW_SHAPE_PREFERENCE: RowShape.ValueType  # 4
+"""A prompt with a chosen and a rejected answer, or two chats that differ in their last message."""
+ROW_SHAPE_PROMPT: RowShape.ValueType  # 5
+"""A prompt without an answer."""
+ROW_SHAPE_TEXT: RowShape.ValueType  # 6
+"""A text."""
 Global___RowShape: _TypeAlias = RowShape  # noqa: Y015
 
 class _DatasetState:

@@ -32,6 +32,8 @@ class _ModelKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelKind.V
     """A whole model that can be loaded by itself."""
     MODEL_KIND_ADAPTER: _ModelKind.ValueType  # 2
     """A PEFT adapter that needs its base."""
+    MODEL_KIND_REWARD: _ModelKind.ValueType  # 3
+    """A whole model that gives a text one score; it rewards in the methods grpo and rloo, and is not deployed."""
 
 class ModelKind(_ModelKind, metaclass=_ModelKindEnumTypeWrapper):
     """ModelKind is what the artifact holds."""
@@ -42,6 +44,8 @@ MODEL_KIND_FULL: ModelKind.ValueType  # 1
 """A whole model that can be loaded by itself."""
 MODEL_KIND_ADAPTER: ModelKind.ValueType  # 2
 """A PEFT adapter that needs its base."""
+MODEL_KIND_REWARD: ModelKind.ValueType  # 3
+"""A whole model that gives a text one score; it rewards in the methods grpo and rloo, and is not deployed."""
 Global___ModelKind: _TypeAlias = ModelKind  # noqa: Y015
 
 @_typing.final

@@ -118,12 +118,14 @@ class FinetuneSpec(_message.Message):
     PRECISION_FIELD_NUMBER: _builtins.int
     MIN_WORKERS_FIELD_NUMBER: _builtins.int
     PACKING_FIELD_NUMBER: _builtins.int
+    PREFERENCE_FIELD_NUMBER: _builtins.int
+    REINFORCEMENT_FIELD_NUMBER: _builtins.int
     base: _builtins.str
     """builtin:tiny, a registered version (name@3, name@alias), a hub id (org/name or hf:name), or an absolute path on the cluster."""
     dataset: _builtins.str
     """Data set version: name@2, or name for the latest. Stored as the version it stood for."""
     method: _builtins.str
-    """Name of the method: full, lora."""
+    """Name of the method: full, lora, rslora, dora, qlora, pretrain, dpo, kto, reward, grpo, rloo, or that of an installed package."""
     output_model: _builtins.str
     """Model to register the result under; the data set's name where absent."""
     workers: _builtins.int
@@ -144,7 +146,9 @@ class FinetuneSpec(_message.Message):
 
     @_builtins.property
     def lora(self) -> Global___LoraConfig:
-        """Settings of the adapter, for method lora."""
+        """Settings of the adapter, for the methods lora, rslora, dora and qlora. Where pretrain, dpo, kto, grpo or rloo has it, even empty,
+        an adapter is trained; all weights where it is absent.
+        """
 
     @_builtins.property
     def sharding(self) -> Global___Sharding:
@@ -161,6 +165,14 @@ class FinetuneSpec(_message.Message):
     @_builtins.property
     def evaluation(self) -> Global___FinetuneEvaluation:
         """Held-out scoring before and after."""
+
+    @_builtins.property
+    def preference(self) -> Global___PreferenceConfig:
+        """Settings of the methods that learn from preferences: dpo, kto."""
+
+    @_builtins.property
+    def reinforcement(self) -> Global___ReinforcementConfig:
+        """Settings of the methods that learn from rewards: grpo, rloo."""
 
     def __init__(
         self,
@@ -180,16 +192,387 @@ class FinetuneSpec(_message.Message):
         precision: Global___Precision.ValueType = ...,
         min_workers: _builtins.int | None = ...,
         packing: Global___Packing.ValueType = ...,
+        preference: Global___PreferenceConfig | None = ...,
+        reinforcement: Global___ReinforcementConfig | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_workers", b"_min_workers", "checkpoints", b"checkpoints", "evaluation", b"evaluation", "hyperparameters", b"hyperparameters", "lora", b"lora", "min_workers", b"min_workers", "sharding", b"sharding", "worker_resources", b"worker_resources"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_workers", b"_min_workers", "checkpoints", b"checkpoints", "evaluation", b"evaluation", "hyperparameters", b"hyperparameters", "lora", b"lora", "min_workers", b"min_workers", "preference", b"preference", "reinforcement", b"reinforcement", "sharding", b"sharding", "worker_resources", b"worker_resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_workers", b"_min_workers", "base", b"base", "checkpoints", b"checkpoints", "dataset", b"dataset", "evaluation", b"evaluation", "hyperparameters", b"hyperparameters", "lora", b"lora", "loss_on", b"loss_on", "method", b"method", "min_workers", b"min_workers", "output_model", b"output_model", "packing", b"packing", "precision", b"precision", "sharding", b"sharding", "worker_resources", b"worker_resources", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_workers", b"_min_workers", "base", b"base", "checkpoints", b"checkpoints", "dataset", b"dataset", "evaluation", b"evaluation", "hyperparameters", b"hyperparameters", "lora", b"lora", "loss_on", b"loss_on", "method", b"method", "min_workers", b"min_workers", "output_model", b"output_model", "packing", b"packing", "precision", b"precision", "preference", b"preference", "reinforcement", b"reinforcement", "sharding", b"sharding", "worker_resources", b"worker_resources", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__min_workers: _TypeAlias = _typing.Literal["min_workers"]  # noqa: Y015
     _WhichOneofArgType__min_workers: _TypeAlias = _typing.Literal["_min_workers", b"_min_workers"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_workers) -> _WhichOneofReturnType__min_workers | None: ...
 
 Global___FinetuneSpec: _TypeAlias = FinetuneSpec  # noqa: Y015
+
+@_typing.final
+class PreferenceConfig(_message.Message):
+    """PreferenceConfig shapes learning from preferences (DPO: Rafailov et al., 2023; KTO: Ethayarajh et al., 2024)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BETA_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    LABEL_SMOOTHING_FIELD_NUMBER: _builtins.int
+    DESIRABLE_WEIGHT_FIELD_NUMBER: _builtins.int
+    UNDESIRABLE_WEIGHT_FIELD_NUMBER: _builtins.int
+    beta: _builtins.float
+    """How much is held to the model that training starts from, > 0; 0.1 where absent."""
+    loss: _builtins.str
+    """The loss. dpo: sigmoid, hinge, ipo, robust, apo_zero or apo_down; sigmoid where absent. kto: kto or apo_zero_unpaired; kto where
+    absent.
+    """
+    label_smoothing: _builtins.float
+    """dpo with the loss sigmoid or robust: the part of the pairs whose order is taken to be wrong, 0 to below 0.5; 0 where absent."""
+    desirable_weight: _builtins.float
+    """kto: weight of the rows that are desired, > 0; 1 where absent."""
+    undesirable_weight: _builtins.float
+    """kto: weight of the rows that are not desired, > 0; 1 where absent."""
+    def __init__(
+        self,
+        *,
+        beta: _builtins.float | None = ...,
+        loss: _builtins.str = ...,
+        label_smoothing: _builtins.float | None = ...,
+        desirable_weight: _builtins.float | None = ...,
+        undesirable_weight: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_beta", b"_beta", "_desirable_weight", b"_desirable_weight", "_label_smoothing", b"_label_smoothing", "_undesirable_weight", b"_undesirable_weight", "beta", b"beta", "desirable_weight", b"desirable_weight", "label_smoothing", b"label_smoothing", "undesirable_weight", b"undesirable_weight"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta", b"_beta", "_desirable_weight", b"_desirable_weight", "_label_smoothing", b"_label_smoothing", "_undesirable_weight", b"_undesirable_weight", "beta", b"beta", "desirable_weight", b"desirable_weight", "label_smoothing", b"label_smoothing", "loss", b"loss", "undesirable_weight", b"undesirable_weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__beta: _TypeAlias = _typing.Literal["beta"]  # noqa: Y015
+    _WhichOneofArgType__beta: _TypeAlias = _typing.Literal["_beta", b"_beta"]  # noqa: Y015
+    _WhichOneofReturnType__desirable_weight: _TypeAlias = _typing.Literal["desirable_weight"]  # noqa: Y015
+    _WhichOneofArgType__desirable_weight: _TypeAlias = _typing.Literal["_desirable_weight", b"_desirable_weight"]  # noqa: Y015
+    _WhichOneofReturnType__label_smoothing: _TypeAlias = _typing.Literal["label_smoothing"]  # noqa: Y015
+    _WhichOneofArgType__label_smoothing: _TypeAlias = _typing.Literal["_label_smoothing", b"_label_smoothing"]  # noqa: Y015
+    _WhichOneofReturnType__undesirable_weight: _TypeAlias = _typing.Literal["undesirable_weight"]  # noqa: Y015
+    _WhichOneofArgType__undesirable_weight: _TypeAlias = _typing.Literal["_undesirable_weight", b"_undesirable_weight"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__beta) -> _WhichOneofReturnType__beta | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__desirable_weight) -> _WhichOneofReturnType__desirable_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__label_smoothing) -> _WhichOneofReturnType__label_smoothing | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__undesirable_weight) -> _WhichOneofReturnType__undesirable_weight | None: ...
+
+Global___PreferenceConfig: _TypeAlias = PreferenceConfig  # noqa: Y015
+
+@_typing.final
+class ReinforcementConfig(_message.Message):
+    """ReinforcementConfig shapes learning from rewards (GRPO: Shao et al., 2024; RLOO: Ahmadian et al., 2024). The model answers each
+    prompt several times, every answer is rewarded, and what was better than the others becomes likelier.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_GENERATIONS_FIELD_NUMBER: _builtins.int
+    MAX_COMPLETION_LENGTH_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    TOP_P_FIELD_NUMBER: _builtins.int
+    BETA_FIELD_NUMBER: _builtins.int
+    REWARDS_FIELD_NUMBER: _builtins.int
+    num_generations: _builtins.int
+    """Answers to each prompt, 2 to 1024; 8 where absent. They have to divide batch_size * gradient_accumulation * workers, which counts
+    answers.
+    """
+    max_completion_length: _builtins.int
+    """Tokens of an answer, 1 to 65536; 256 where absent."""
+    temperature: _builtins.float
+    """Temperature of sampling, > 0; 1 where absent."""
+    top_p: _builtins.float
+    """Sampling from the likeliest tokens that together have this probability, above 0 to 1; 1 where absent."""
+    beta: _builtins.float
+    """Weight of the divergence from the model that training starts from, >= 0; 0 for grpo and 0.05 for rloo where absent. Above 0, a
+    second copy of the model is held where no adapter is trained.
+    """
+    @_builtins.property
+    def rewards(self) -> _containers.RepeatedCompositeFieldContainer[Global___Reward]:
+        """What an answer is worth: the weighted sum of these, at least one."""
+
+    def __init__(
+        self,
+        *,
+        num_generations: _builtins.int | None = ...,
+        max_completion_length: _builtins.int | None = ...,
+        temperature: _builtins.float | None = ...,
+        top_p: _builtins.float | None = ...,
+        beta: _builtins.float | None = ...,
+        rewards: _abc.Iterable[Global___Reward] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_beta", b"_beta", "_max_completion_length", b"_max_completion_length", "_num_generations", b"_num_generations", "_temperature", b"_temperature", "_top_p", b"_top_p", "beta", b"beta", "max_completion_length", b"max_completion_length", "num_generations", b"num_generations", "temperature", b"temperature", "top_p", b"top_p"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta", b"_beta", "_max_completion_length", b"_max_completion_length", "_num_generations", b"_num_generations", "_temperature", b"_temperature", "_top_p", b"_top_p", "beta", b"beta", "max_completion_length", b"max_completion_length", "num_generations", b"num_generations", "rewards", b"rewards", "temperature", b"temperature", "top_p", b"top_p"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__beta: _TypeAlias = _typing.Literal["beta"]  # noqa: Y015
+    _WhichOneofArgType__beta: _TypeAlias = _typing.Literal["_beta", b"_beta"]  # noqa: Y015
+    _WhichOneofReturnType__max_completion_length: _TypeAlias = _typing.Literal["max_completion_length"]  # noqa: Y015
+    _WhichOneofArgType__max_completion_length: _TypeAlias = _typing.Literal["_max_completion_length", b"_max_completion_length"]  # noqa: Y015
+    _WhichOneofReturnType__num_generations: _TypeAlias = _typing.Literal["num_generations"]  # noqa: Y015
+    _WhichOneofArgType__num_generations: _TypeAlias = _typing.Literal["_num_generations", b"_num_generations"]  # noqa: Y015
+    _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
+    _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
+    _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
+    _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__beta) -> _WhichOneofReturnType__beta | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_completion_length) -> _WhichOneofReturnType__max_completion_length | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_generations) -> _WhichOneofReturnType__num_generations | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
+
+Global___ReinforcementConfig: _TypeAlias = ReinforcementConfig  # noqa: Y015
+
+@_typing.final
+class Reward(_message.Message):
+    """Reward is one way to tell what an answer is worth. `answer` is what the row has as its completion."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    EXACT_MATCH_FIELD_NUMBER: _builtins.int
+    REGEX_FIELD_NUMBER: _builtins.int
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    NUMERIC_FIELD_NUMBER: _builtins.int
+    SIMILARITY_FIELD_NUMBER: _builtins.int
+    REWARD_MODEL_FIELD_NUMBER: _builtins.int
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name in the figures, lower-case letters, digits and _; the kind where absent."""
+    weight: _builtins.float
+    """Weight in the sum; 1 where absent."""
+    @_builtins.property
+    def exact_match(self) -> Global___ExactMatchReward:
+        """1 where the text is the row's answer."""
+
+    @_builtins.property
+    def regex(self) -> Global___RegexReward:
+        """1 where a pattern is found."""
+
+    @_builtins.property
+    def json_schema(self) -> Global___JsonSchemaReward:
+        """1 where the text is JSON of a form."""
+
+    @_builtins.property
+    def numeric(self) -> Global___NumericReward:
+        """1 where the last number of the text is the row's."""
+
+    @_builtins.property
+    def similarity(self) -> Global___SimilarityReward:
+        """0 to 1 by the words that text and answer share."""
+
+    @_builtins.property
+    def reward_model(self) -> Global___RewardModelReward:
+        """The score of a registered reward model."""
+
+    @_builtins.property
+    def function(self) -> Global___FunctionReward:
+        """What a function of the user's returns."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        weight: _builtins.float | None = ...,
+        exact_match: Global___ExactMatchReward | None = ...,
+        regex: Global___RegexReward | None = ...,
+        json_schema: Global___JsonSchemaReward | None = ...,
+        numeric: Global___NumericReward | None = ...,
+        similarity: Global___SimilarityReward | None = ...,
+        reward_model: Global___RewardModelReward | None = ...,
+        function: Global___FunctionReward | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "exact_match", b"exact_match", "function", b"function", "json_schema", b"json_schema", "kind", b"kind", "numeric", b"numeric", "regex", b"regex", "reward_model", b"reward_model", "similarity", b"similarity", "weight", b"weight"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "exact_match", b"exact_match", "function", b"function", "json_schema", b"json_schema", "kind", b"kind", "name", b"name", "numeric", b"numeric", "regex", b"regex", "reward_model", b"reward_model", "similarity", b"similarity", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
+    _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["exact_match", "regex", "json_schema", "numeric", "similarity", "reward_model", "function"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___Reward: _TypeAlias = Reward  # noqa: Y015
+
+@_typing.final
+class ExactMatchReward(_message.Message):
+    """ExactMatchReward gives 1 where the text is the row's answer, but for white space around it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IGNORE_CASE_FIELD_NUMBER: _builtins.int
+    ignore_case: _builtins.bool
+    """Take upper and lower case for the same."""
+    def __init__(
+        self,
+        *,
+        ignore_case: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ignore_case", b"ignore_case"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExactMatchReward: _TypeAlias = ExactMatchReward  # noqa: Y015
+
+@_typing.final
+class RegexReward(_message.Message):
+    """RegexReward gives 1 where a pattern is found in the text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATTERN_FIELD_NUMBER: _builtins.int
+    pattern: _builtins.str
+    """The pattern, in RE2's syntax, whose time is linear in the text; `^` and `$` tie it to the ends. {answer} stands for the row's answer."""
+    def __init__(
+        self,
+        *,
+        pattern: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pattern", b"pattern"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegexReward: _TypeAlias = RegexReward  # noqa: Y015
+
+@_typing.final
+class JsonSchemaReward(_message.Message):
+    """JsonSchemaReward gives 1 where the text, or what stands between ``` fences in it, is JSON that a schema accepts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCHEMA_FIELD_NUMBER: _builtins.int
+    schema: _builtins.str
+    """The schema as JSON (draft 2020-12). Patterns in it are RE2's, and references lead to places within it only."""
+    def __init__(
+        self,
+        *,
+        schema: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["schema", b"schema"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JsonSchemaReward: _TypeAlias = JsonSchemaReward  # noqa: Y015
+
+@_typing.final
+class NumericReward(_message.Message):
+    """NumericReward gives 1 where the last number in the text is that of the row's answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ABSOLUTE_TOLERANCE_FIELD_NUMBER: _builtins.int
+    RELATIVE_TOLERANCE_FIELD_NUMBER: _builtins.int
+    absolute_tolerance: _builtins.float
+    """Largest difference, >= 0; 0 where absent."""
+    relative_tolerance: _builtins.float
+    """Largest difference as a part of the row's number, >= 0; 0 where absent."""
+    def __init__(
+        self,
+        *,
+        absolute_tolerance: _builtins.float = ...,
+        relative_tolerance: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absolute_tolerance", b"absolute_tolerance", "relative_tolerance", b"relative_tolerance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NumericReward: _TypeAlias = NumericReward  # noqa: Y015
+
+@_typing.final
+class SimilarityReward(_message.Message):
+    """SimilarityReward gives the F1 of the words that text and answer share (as SQuAD counts it, Rajpurkar et al., 2016)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SimilarityReward: _TypeAlias = SimilarityReward  # noqa: Y015
+
+@_typing.final
+class RewardModelReward(_message.Message):
+    """RewardModelReward gives the score of a model that the method `reward` trained."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The registered version: name@3, name@alias. Stored as the version it stood for."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RewardModelReward: _TypeAlias = RewardModelReward  # noqa: Y015
+
+@_typing.final
+class FunctionReward(_message.Message):
+    """FunctionReward gives what a Python function returns. It runs in a process of its own without environment, network, child
+    processes and files to write.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
+    MEMORY_MIB_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """Python source that defines the function: def reward(prompt: str, completion: str, answer: str) -> float."""
+    timeout_seconds: _builtins.float
+    """Seconds that a call may take, > 0 to 600; 5 where absent."""
+    memory_mib: _builtins.int
+    """Memory of its process in MiB, 64 to 65536; 512 where absent."""
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+        timeout_seconds: _builtins.float | None = ...,
+        memory_mib: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_memory_mib", b"_memory_mib", "_timeout_seconds", b"_timeout_seconds", "memory_mib", b"memory_mib", "timeout_seconds", b"timeout_seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_memory_mib", b"_memory_mib", "_timeout_seconds", b"_timeout_seconds", "memory_mib", b"memory_mib", "source", b"source", "timeout_seconds", b"timeout_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__memory_mib: _TypeAlias = _typing.Literal["memory_mib"]  # noqa: Y015
+    _WhichOneofArgType__memory_mib: _TypeAlias = _typing.Literal["_memory_mib", b"_memory_mib"]  # noqa: Y015
+    _WhichOneofReturnType__timeout_seconds: _TypeAlias = _typing.Literal["timeout_seconds"]  # noqa: Y015
+    _WhichOneofArgType__timeout_seconds: _TypeAlias = _typing.Literal["_timeout_seconds", b"_timeout_seconds"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_mib) -> _WhichOneofReturnType__memory_mib | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__timeout_seconds) -> _WhichOneofReturnType__timeout_seconds | None: ...
+
+Global___FunctionReward: _TypeAlias = FunctionReward  # noqa: Y015
 
 @_typing.final
 class Hyperparameters(_message.Message):
@@ -209,7 +592,9 @@ class Hyperparameters(_message.Message):
     SCHEDULER_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     learning_rate: _builtins.float
-    """Peak learning rate, > 0; 5e-5 for full and 2e-4 for lora where absent (1e-3 for builtin:tiny)."""
+    """Peak learning rate, > 0. Where absent 5e-5, and 2e-4 for adapters; for dpo, kto, grpo and rloo 1e-6, and 1e-5 for adapters
+    (for builtin:tiny 1e-3, and 1e-4).
+    """
     epochs: _builtins.float
     """Passes over the training rows, > 0; 3 where absent. max_steps wins over it."""
     max_steps: _builtins.int
@@ -219,7 +604,9 @@ class Hyperparameters(_message.Message):
     gradient_accumulation: _builtins.int
     """Micro-steps per optimiser step, > 0; 1 where absent."""
     max_length: _builtins.int
-    """Tokens per row; longer rows are cut, and left out if nothing to learn is left. The run names them by line. 512 where absent."""
+    """Tokens per row; longer rows are cut, and left out if nothing to learn is left. The run names them by line. 512 where absent. For
+    grpo and rloo prompts and answers together may have as many.
+    """
     warmup_ratio: _builtins.float
     """Part of all steps over which the learning rate rises, 0 to 1; 0.03 where absent."""
     weight_decay: _builtins.float
@@ -306,12 +693,18 @@ class LoraConfig(_message.Message):
     ALPHA_FIELD_NUMBER: _builtins.int
     DROPOUT_FIELD_NUMBER: _builtins.int
     TARGET_MODULES_FIELD_NUMBER: _builtins.int
+    RANK_STABILIZED_FIELD_NUMBER: _builtins.int
+    DECOMPOSE_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     """Rank, 1 to 1024; 16 where absent."""
     alpha: _builtins.float
     """Scale; twice the rank where absent."""
     dropout: _builtins.float
     """Dropout on the adapter's input, 0 to below 1; 0 where absent."""
+    rank_stabilized: _builtins.bool
+    """Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA, Kalajdzievski, 2023), so that high ranks learn. On with method rslora."""
+    decompose: _builtins.bool
+    """Learn the length of each weight's columns apart from their direction (DoRA, Liu et al., 2024). On with method dora."""
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Modules to adapt; every linear layer but the head where empty."""
@@ -323,10 +716,12 @@ class LoraConfig(_message.Message):
         alpha: _builtins.float | None = ...,
         dropout: _builtins.float | None = ...,
         target_modules: _abc.Iterable[_builtins.str] | None = ...,
+        rank_stabilized: _builtins.bool = ...,
+        decompose: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_rank", b"_rank", "alpha", b"alpha", "dropout", b"dropout", "rank", b"rank"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_rank", b"_rank", "alpha", b"alpha", "dropout", b"dropout", "rank", b"rank", "target_modules", b"target_modules"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_rank", b"_rank", "alpha", b"alpha", "decompose", b"decompose", "dropout", b"dropout", "rank", b"rank", "rank_stabilized", b"rank_stabilized", "target_modules", b"target_modules"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__alpha: _TypeAlias = _typing.Literal["alpha"]  # noqa: Y015
     _WhichOneofArgType__alpha: _TypeAlias = _typing.Literal["_alpha", b"_alpha"]  # noqa: Y015

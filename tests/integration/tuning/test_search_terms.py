@@ -10,7 +10,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.tune.search.variant_generator import generate_variants
 
 from agents.training.config import TrainConfig
-from agents.training.methods import sft
+from agents.training.methods import trainer
 from agents.tuning import search as terms
 from agents.tuning.space import Dimension, Search
 from agents.tuning.trial import total_steps
@@ -89,4 +89,4 @@ def test_otherwise_every_trial_runs_to_its_end(algorithm, grace):
 def test_the_steps_counted_on_are_those_of_the_training(rows, hyper, workers):
     spec = training_pb2.FinetuneSpec(base="x", workers=workers, hyperparameters=training_pb2.Hyperparameters(**hyper))
     config = TrainConfig.of(spec)
-    assert total_steps(config, rows) == sft.total_steps(config, rows, workers)
+    assert total_steps(config, rows) == trainer.total_steps(config, rows, workers)
