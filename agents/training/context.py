@@ -73,6 +73,8 @@ class TrainContext:
     trial: str = ""
     node: str = ""
     trial_reports: TrialReports | None = None
+    # Folders of other models that the method reads, by role: reward models by the names of their rewards.
+    models: Mapping[str, Path] = field(default_factory=dict)
     # A whole, verified checkpoint of an earlier run, in a local folder; None for a start from the beginning.
     resume_from: Path | None = None
     # Read on rank 0 only; the ranks agree on it at step boundaries.

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_SPLIT = "test"
 RELEASE_SECONDS = 3.0
+REWARD = "reward:"
+"""What the roles of reward models begin with, before the name of the reward (coordinator/jobs/resolve.py)."""
 
 
 def run(link: Link, claim: agent_pb2.ClaimRunResponse) -> agent_pb2.OutcomeReport:
@@ -57,6 +59,11 @@ def run(link: Link, claim: agent_pb2.ClaimRunResponse) -> agent_pb2.OutcomeRepor
         run_uri=claim.run_uri,
         use_gpu=use_gpu,
         resume_from=tuple((point.uri, point.manifest_sha256, point.step) for point in claim.resume_from),
+        models={
+            role.removeprefix(REWARD): (each.uri, each.content_hash)
+            for role, each in claim.inputs.items()
+            if role.startswith(REWARD)
+        },
         hang_seconds=claim.job.hang_timeout.ToMilliseconds() / 1000,
         selector=selector_of(claim.job.placement),
         secrets=concealed.held(),

@@ -72,13 +72,14 @@ def train_locally(
     use_gpu: bool,
     run_uri: str = "",
     resume_from: Path | None = None,
+    models: Mapping[str, Path] | None = None,
     reporter: Reporter | None = None,
     wish: Callable[[], Wish] = lambda: Wish.NONE,
 ) -> dict[str, Any]:
     """Run this process's rank of a fine-tune; under torchrun its variables say which. Returns the figures.
 
-    With `run_uri`, a folder in storage, checkpoints are published below it. `resume_from` is a local folder with one. A run that
-    `wish` stops leaves no model.
+    With `run_uri`, a folder in storage, checkpoints are published below it. `resume_from` is a local folder with one; `models` are
+    folders of other models that the method reads, by role. A run that `wish` stops leaves no model.
     """
     environment.prepare(use_gpu)
     import torch
@@ -109,6 +110,7 @@ def train_locally(
         use_gpu=use_gpu,
         run_uri=run_uri,
         node=socket.gethostname(),
+        models=models or {},
         resume_from=resume_from,
         wish=wish,
     )

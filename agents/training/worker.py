@@ -54,6 +54,8 @@ class TrainPayload:
     trial_max_rows: int = 0
     # Checkpoints to go on from, best first: URI, SHA-256 of the manifest, step.
     resume_from: tuple[tuple[str, str, int], ...] = ()
+    # Other models that the method reads, by role: URI and hash.
+    models: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     # How long a rank may stand still within a step; 0 for what its own steps suggest.
     hang_seconds: float = 0.0
     # Conditions on the labels of the nodes that it may run on.
@@ -168,6 +170,7 @@ def _train(
         link.phase("loading", "fetching base model and data set to the nodes")
     base_dir = manifest.fetch(payload.base_uri, payload.base_hash)
     data_dir = manifest.fetch(payload.dataset_uri, payload.dataset_hash)
+    models = {role: manifest.fetch(uri, sha256) for role, (uri, sha256) in payload.models.items()}
     resume_from = usable_checkpoint(payload.resume_from)
     reports = None
     if payload.trial_every and report is not None:
@@ -189,6 +192,7 @@ def _train(
             trial=payload.trial,
             node=node,
             trial_reports=reports,
+            models=models,
             resume_from=resume_from,
             wish=lambda: _wish(link),
             watch=watch,

@@ -98,6 +98,7 @@ def _main(plan_path: str, rank: int) -> None:
             use_gpu=False,
             run_uri=run.get("storage", ""),
             resume_from=resume,
+            models={role: Path(folder) for role, folder in run.get("inputs", {}).items()},
             reporter=recorder,
             wish=wish,
         )

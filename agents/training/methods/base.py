@@ -17,7 +17,12 @@ _BUILTIN = {
     "rslora": "agents.training.methods.lora:RsLoraMethod",
     "dora": "agents.training.methods.lora:DoraMethod",
     "qlora": "agents.training.methods.lora:QloraMethod",
+    "pretrain": "agents.training.methods.pretrain:PretrainMethod",
     "dpo": "agents.training.methods.dpo:DpoMethod",
+    "kto": "agents.training.methods.kto:KtoMethod",
+    "reward": "agents.training.methods.reward:RewardMethod",
+    "grpo": "agents.training.methods.grpo:GrpoMethod",
+    "rloo": "agents.training.methods.rloo:RlooMethod",
 }
 
 

@@ -19,6 +19,7 @@ from agents.training.methods.lora import adapter_shape
 from agents.training.methods.trainer import (
     begin,
     dtype,
+    has_split,
     longest,
     save,
     score_targets_only,
@@ -114,11 +115,6 @@ def answer_logprobs(model: Any, inputs: dict[str, Any], prefix: str = "") -> tor
     return outputs.log_probs.sum(dim=1)
 
 
-def has_split(context: TrainContext) -> bool:
-    """Whether there are held-out rows. A split that was not asked for by name may be missing."""
-    return (context.data_dir / f"{context.config.held_out_split}.parquet").exists()
-
-
 def _rows(context: TrainContext, open_rows: Open, tokenizer: Any, split: str, max_rows: int) -> Answers:
     answers = open_rows(split_file(context, split), tokenizer, longest(context), max_rows)
     if context.is_main:
@@ -129,6 +125,5 @@ def _rows(context: TrainContext, open_rows: Open, tokenizer: Any, split: str, ma
 
 def _held_out_rows(context: TrainContext, open_rows: Open, tokenizer: Any) -> Any | None:
     if not has_split(context):
-        logger.warning("the data set has no split %r, so nothing is scored", context.config.held_out_split)
         return None
     return _rows(context, open_rows, tokenizer, context.config.held_out_split, context.config.held_out_rows).dataset

@@ -131,6 +131,15 @@ def split_file(context: TrainContext, split: str) -> Path:
     return path
 
 
+def has_split(context: TrainContext) -> bool:
+    """Whether there are held-out rows; says so where there are none."""
+    split = context.config.held_out_split
+    there = (context.data_dir / f"{split}.parquet").exists()
+    if not there and context.is_main:
+        logger.warning("the data set has no split %r, so nothing is scored", split)
+    return there
+
+
 def train(context: TrainContext, trainer: Any, callback: RunCallback) -> float:
     """Train, from a checkpoint where there is one, and return the seconds it took. Every rank has to call it."""
     started = time.monotonic()

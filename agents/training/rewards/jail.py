@@ -33,7 +33,7 @@ SECCOMP_MODE_FILTER = 2
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050001, 0x80000000  # refused with EPERM, which Python raises as PermissionError
 LOAD, EQUAL, LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
 X32 = 0x40000000
-# By architecture: how the kernel calls it in a filter, and the numbers of the calls that are left (read, write, close, fstat, poll,
+# By architecture: its name in a filter, and the numbers of the calls that are left (read, write, close, fstat, poll,
 # lseek, mmap, mprotect, munmap, brk, mremap, madvise, rt_sig*, sigaltstack, select, sched_yield, sched_getaffinity, nanosleep,
 # get*id, uname, getcwd, times and clocks, getrusage, sysinfo, futex, restart_syscall, getrandom, rseq, exit).
 CALLS = {

@@ -92,8 +92,8 @@ def test_it_can_do_no_harm_and_the_row_is_named(body: str, says: str) -> None:
 
 
 def test_what_it_writes_to_the_channel_of_results_is_no_result() -> None:
-    body = "import os\n    for n in range(3, 20):\n        try: os.write(n, b'junk\\n')\n        except OSError: pass\n    return 1.0"
-    made = _made(HEAD + body)
+    each = "for n in range(3, 20):\n        try: os.write(n, b'junk\\n')\n        except OSError: pass"
+    made = _made(f"{HEAD}import os\n    {each}\n    return 1.0")
     try:
         with pytest.raises(InvalidArgument, match="wrote to the channel"):
             made.score([ROW])
