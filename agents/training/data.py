@@ -61,6 +61,18 @@ def tokenise(tokenizer: Tokenizer, row: Row, max_length: int, *, loss_on_all: bo
     return Example(input_ids[:max_length], labels[:max_length], len(input_ids), _targets(labels))
 
 
+def pieces(tokenizer: Tokenizer, row: Row, max_length: int) -> list[Example]:
+    """A text without a prompt in pieces of at most `max_length` tokens, of which all are learned. The last ends the text.
+
+    A piece begins with the last token of the one before it, so that no token but the first is left unpredicted.
+    """
+    ids = list(tokenizer(row.completion)["input_ids"])
+    eos = list(tokenizer(tokenizer.eos_token, add_special_tokens=False)["input_ids"]) if tokenizer.eos_token else []
+    ids += eos if ids[-len(eos) :] != eos else []
+    cut = [ids[start : start + max_length] for start in range(0, max(1, len(ids) - 1), max_length - 1)]
+    return [Example(part, list(part), len(part), max(0, len(part) - 1)) for part in cut]
+
+
 def answered(tokenizer: Tokenizer, row: Row) -> tuple[list[int], int]:
     """The tokens of a whole row, and where its last answer begins."""
     input_ids, answers = _rendered(tokenizer, row)

@@ -15,11 +15,13 @@ from trl import SFTConfig, SFTTrainer
 from agents.training.callbacks import HELD_OUT, RunCallback
 from agents.training.context import TrainContext, TrainedModel
 from agents.training.kernels import fuse_layers
+from agents.training.methods.held_out import HeldOut
 from agents.training.methods.trainer import (
     WatchedTrainer,
     arguments,
     begin,
     dtype,
+    has_split,
     held_out_loss,
     longest,
     save,
@@ -47,14 +49,16 @@ def run_sft(
     peft_config: PeftConfig | None = None,
     *,
     quantization: Any = None,
+    raw: bool = False,
 ) -> TrainedModel:
     """Fine-tune on this rank and leave the model in the context's output folder. Every rank has to call it.
 
-    With `quantization`, how transformers quantises weights, the base is loaded in it.
+    With `quantization`, how transformers quantises weights, the base is loaded in it. `raw` rows are texts without prompts, which are
+    learned as they stand; the engine that serves does not score these, so that it is done here, before and after.
     """
     config, watch = context.config, context.watch
     tokenizer = begin(context)
-    tokens = _tokens(context, tokenizer, "train", 0)
+    tokens = _tokens(context, tokenizer, "train", 0, raw)
     # The arguments come before the model: they hold the DeepSpeed config, which ZeRO-3 needs alive while weights are loaded.
     args = _arguments(context, len(tokens.dataset))
     model = AutoModelForCausalLM.from_pretrained(
@@ -83,8 +87,13 @@ def run_sft(
         trainer.data_collator = RowCollator(tokenizer.pad_token_id)
     trainer.remove_callback(PrinterCallback)
     if (held_out_rows := _held_out_rows(context)) is not None:
-        held_out = _tokens(context, tokenizer, *held_out_rows).examples
+        held_out = _tokens(context, tokenizer, *held_out_rows, raw).examples
         callback.hold_out(lambda: held_out_loss(trainer, held_out, context.use_gpu))
+    perplexity = None
+    if raw and config.score and has_split(context):
+        texts = _tokens(context, tokenizer, config.held_out_split, config.held_out_rows, raw).examples
+        perplexity = HeldOut(context, callback, lambda: held_out_loss(trainer, texts, context.use_gpu))
+        trainer.add_callback(perplexity)
     if context.use_gpu:
         # Against the peak of bf16, other formats would tell nothing.
         flops = flops_per_token(trainer.model, attended_length(tokens.lengths)) if args.bf16 else 0.0
@@ -99,6 +108,7 @@ def run_sft(
         "train_rows_left_out": float(tokens.report.left_out),
         "train_rows_cut": float(tokens.report.cut.count),
     }
+    metrics |= perplexity.figures if perplexity is not None else {}
     if callback.gpu is not None:
         metrics |= callback.gpu.at(metrics["train_tokens_per_second"])
     return TrainedModel(model_kind, folder, trainer.state.global_step, metrics, callback.engine, callback.wish)
@@ -113,11 +123,11 @@ def _held_out_rows(context: TrainContext) -> tuple[str, int] | None:
     return (config.held_out_split, config.held_out_rows) if wanted else None
 
 
-def _tokens(context: TrainContext, tokenizer: Any, split: str, max_rows: int) -> Tokens:
+def _tokens(context: TrainContext, tokenizer: Any, split: str, max_rows: int, raw: bool) -> Tokens:
     path = split_file(context, split)
     # One rank of the node works while the others wait, so it may use all their processors.
     processes = int(context.config.cpus_per_worker * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    spec = TokenSpec(path, context.base_dir, longest(context), context.config.loss_on_all, max_rows, processes)
+    spec = TokenSpec(path, context.base_dir, longest(context), context.config.loss_on_all, max_rows, processes, raw)
     tokens = open_tokens(spec, tokenizer)
     if context.is_main:
         for text in tokens.report.warnings():

@@ -53,6 +53,8 @@ class TokenSpec:
     loss_on_all: bool = False
     max_rows: int = 0
     processes: int = 1
+    # Texts without prompts, in pieces of max_length tokens.
+    raw: bool = False
 
     def key(self, chat_template: object) -> str:
         """SHA-256 of everything that the tokens depend on."""
@@ -67,6 +69,7 @@ class TokenSpec:
             "max_length": self.max_length,
             "loss_on_all": self.loss_on_all,
             "max_rows": self.max_rows,
+            "raw": self.raw,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -134,6 +137,7 @@ def _make(spec: TokenSpec, tokenizer: Any, folder: Path) -> None:
             loss_on_all=spec.loss_on_all,
             max_rows=spec.max_rows,
             processes=spec.processes,
+            raw=spec.raw,
         )
         with pa.OSFile(str(part / ROWS), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
             batch: list[data.Example] = []
