@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -87,7 +88,9 @@ class FinetuneFlags:
         typer.Option(help="builtin:tiny, a registered version (name@3), a hub id, or a local folder, which is uploaded first."),
     ]
     dataset: Annotated[str, typer.Option(help="Data set version, name@2, or name for the latest.")]
-    method: Annotated[str, typer.Option(help="full or lora.")] = "full"
+    method: Annotated[str, typer.Option(help="full, lora, rslora, dora, qlora, pretrain, dpo, kto, reward, grpo or rloo.")] = (
+        "full"
+    )
     output_model: Annotated[str, typer.Option(help="Model to register the result under; the data set's name where absent.")] = ""
     workers: Annotated[int, typer.Option(help="Number of workers (ranks).")] = 1
     cpus_per_worker: Annotated[float | None, typer.Option(help="Logical CPUs that each worker holds.")] = None
@@ -105,6 +108,23 @@ class FinetuneFlags:
     max_grad_norm: Annotated[float | None, typer.Option(help="Largest gradient norm.")] = None
     scheduler: Annotated[str | None, typer.Option(help="linear, cosine or constant.")] = None
     seed: Annotated[int | None, typer.Option(help="Seed of weights, order and dropout.")] = None
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Train an adapter with its defaults (pretrain, dpo, kto, grpo, rloo).")
+    ] = False
+    beta: Annotated[
+        float | None, typer.Option(help="How much is held to the model that training starts from (dpo, kto, grpo, rloo).")
+    ] = None
+    preference_loss: Annotated[str, typer.Option(help="Loss of dpo or kto; sigmoid and kto where absent.")] = ""
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What an answer is worth (grpo, rloo): exact_match, similarity, numeric, numeric=TOLERANCE, regex=PATTERN, "
+            "json_schema=FILE, reward_model=VERSION or function=FILE.py. Several add up.",
+            metavar="KIND[=VALUE]",
+        ),
+    ] = None
+    num_generations: Annotated[int | None, typer.Option(help="Answers to each prompt (grpo, rloo).")] = None
+    max_completion_length: Annotated[int | None, typer.Option(help="Tokens of an answer (grpo, rloo).")] = None
     rank: Annotated[int | None, typer.Option(help="Rank of the adapter (lora).")] = None
     alpha: Annotated[float | None, typer.Option(help="Scale of the adapter (lora).")] = None
     dropout: Annotated[float | None, typer.Option(help="Dropout on the adapter's input (lora).")] = None
@@ -155,6 +175,18 @@ HYPERPARAMETERS = {
 }
 
 
+# Kind of reward -> the field that its value goes to, and whether it needs one.
+REWARD_VALUES = {
+    "exact_match": ("", False),
+    "similarity": ("", False),
+    "numeric": ("absolute_tolerance", False),
+    "regex": ("pattern", True),
+    "json_schema": ("schema", True),
+    "reward_model": ("model", True),
+    "function": ("source", True),
+}
+
+
 def _set(message: Any, **values: Any) -> None:
     for name, value in values.items():
         if value is None:
@@ -173,6 +205,18 @@ def finetune_spec(flags: FinetuneFlags) -> FinetuneSpec:
     _set(spec.worker_resources, cpus=flags.cpus_per_worker, gpus=flags.gpus_per_worker)
     _set(spec.sharding, zero_stage=flags.zero)
     _set(spec.lora, rank=flags.rank, alpha=flags.alpha, dropout=flags.dropout)
+    if flags.adapter:
+        spec.lora.SetInParent()
+    reinforced = flags.method in ("grpo", "rloo")
+    _set(spec.preference, beta=None if reinforced else flags.beta, loss=flags.preference_loss or None)
+    _set(
+        spec.reinforcement,
+        beta=flags.beta if reinforced else None,
+        num_generations=flags.num_generations,
+        max_completion_length=flags.max_completion_length,
+    )
+    if flags.reward:
+        spec.reinforcement.rewards.extend(map(reward, flags.reward))
     if modules := [name.strip() for name in flags.target_modules.split(",") if name.strip()]:
         spec.lora.target_modules.extend(modules)
     _set(spec.checkpoints, every_steps=flags.checkpoint_every or None, keep=flags.keep_checkpoints)
@@ -190,6 +234,29 @@ def finetune_spec(flags: FinetuneFlags) -> FinetuneSpec:
     if flags.loss_on:
         spec.loss_on = training_pb2.LossOn.Value(f"LOSS_ON_{flags.loss_on.value.upper()}")
     return spec
+
+
+def reward(text: str) -> training_pb2.Reward:
+    """`regex=PATTERN` and the like as a reward. Raises Failure naming what cannot be read."""
+    kind, _, value = text.partition("=")
+    found = training_pb2.Reward()
+    if kind not in REWARD_VALUES:
+        raise Failure(f"--reward {text[:80]}: there is no reward {kind[:40]!r}; use {', '.join(REWARD_VALUES)}", USAGE)
+    field, needed = REWARD_VALUES[kind]
+    if (needed and not value) or (value and not field):
+        raise Failure(
+            f"--reward {text[:80]}: {kind} {f'needs a value, {kind}={field.upper()}' if needed else 'takes no value'}", USAGE
+        )
+    settings = getattr(found, kind)
+    settings.SetInParent()
+    try:
+        if field in ("schema", "source"):
+            value = Path(value).read_text(encoding="utf-8")
+        if value:
+            setattr(settings, field, float(value) if field == "absolute_tolerance" else value)
+    except (OSError, ValueError) as error:
+        raise Failure(f"--reward {text[:80]}: {error}", USAGE) from error
+    return found
 
 
 def sweep_spec(finetune: FinetuneSpec, flags: SweepFlags) -> sweep_pb2.SweepSpec:

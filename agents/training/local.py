@@ -78,8 +78,8 @@ def train_locally(
 ) -> dict[str, Any]:
     """Run this process's rank of a fine-tune; under torchrun its variables say which. Returns the figures.
 
-    With `run_uri`, a folder in storage, checkpoints are published below it. `resume_from` is a local folder with one; `models` are
-    folders of other models that the method reads, by role. A run that `wish` stops leaves no model.
+    With `run_uri`, a folder in storage, checkpoints are published below it. `resume_from` is a local folder with one. `models`
+    are folders of other models that the method reads, by role. A run that `wish` stops leaves no model.
     """
     environment.prepare(use_gpu)
     import torch

@@ -26,7 +26,8 @@ def import_dataset(
     map: Annotated[
         list[str] | None,
         typer.Option(
-            help="Parts of a row (prompt, completion, text, label, messages, split) from columns: text=Body,label=Queue.",
+            help="Parts of a row (prompt, completion, chosen, rejected, text, label, messages, split) from columns: "
+            "text=Body,label=Queue.",
             metavar="PART=COLUMN",
         ),
     ] = None,

@@ -24,6 +24,8 @@ ALIKE = (
 
 ALIKE_HYPERPARAMETERS = ("batch_size", "gradient_accumulation", "max_length")
 
+ALIKE_REINFORCEMENT = ("num_generations", "max_completion_length", "beta", "rewards")
+
 
 @dataclass(frozen=True)
 class Past:
@@ -48,6 +50,8 @@ def alike(spec: Mapping[str, Any]) -> dict[str, Any]:
         **{name: spec.get(name) for name in ALIKE},
         **{name: hyper.get(name) for name in ALIKE_HYPERPARAMETERS},
         "rank": spec.get("lora", {}).get("rank"),
+        "adapter": "lora" in spec,
+        **{name: spec.get("reinforcement", {}).get(name) for name in ALIKE_REINFORCEMENT},
     }
 
 

@@ -98,6 +98,7 @@ async def _model(store: Store, project: str, base: agent_pb2.Artifact) -> memory
 def _setup(spec: training_pb2.FinetuneSpec) -> memory.Setup:
     hyper, gpu = spec.hyperparameters, spec.worker_resources.gpus > 0
     bf16 = gpu if spec.precision == training_pb2.PRECISION_UNSPECIFIED else spec.precision == training_pb2.PRECISION_BF16
+    facts = methods.METHODS.get(spec.method)
     return memory.Setup(
         workers=spec.workers,
         zero_stage=spec.sharding.zero_stage if spec.sharding.HasField("zero_stage") else 2,
@@ -107,6 +108,10 @@ def _setup(spec: training_pb2.FinetuneSpec) -> memory.Setup:
         bf16=bf16,
         gpu=gpu,
         lora_rank=(spec.lora.rank or 16) if methods.trains_adapter(spec) else 0,
+        reference=methods.holds_reference(spec),
+        sequences=2 if facts is not None and facts.shapes == methods.PAIRS else 1,
+        generates=facts is not None and facts.settings == "reinforcement",
+        four_bits=spec.method == "qlora",
     )
 
 

@@ -64,24 +64,43 @@ class Setup:
     lora_rank: int = 0
     """0 where the whole model is trained."""
 
+    reference: bool = False
+    """Whether a second, frozen copy of the model is held."""
+
+    sequences: int = 1
+    """Sequences that each row of a micro-batch comes to: pairs have two."""
+
+    generates: bool = False
+    """Whether answers are generated in training, with the keys and values of a whole micro-batch in memory."""
+
+    four_bits: bool = False
+    """Whether the base is kept in 4 bits."""
+
 
 def parts(model: Model, setup: Setup) -> dict[str, int]:
     """The parts of the peak."""
     width = 2 if setup.bf16 else 4
     trained = model.adapter(setup.lora_rank) if setup.lora_rank else model.parameters
-    whole = model.parameters + (trained if setup.lora_rank else 0)
+    # NF4 with its constants, themselves in 8 bits, takes 4.127 bits a weight (Dettmers et al., 2023, section 3).
+    base = round(4.127 / 8 * model.parameters) if setup.four_bits else width * model.parameters
+    adapter = width * trained if setup.lora_rank else 0
     # Adam's two moments, and from stage 1 or with bf16 on a 32-bit copy of what they update.
     state = 12 if setup.bf16 or setup.zero_stage else 8
     share = [1.0 / setup.workers if setup.zero_stage >= stage else 1.0 for stage in (1, 2, 3)]
-    tokens = setup.batch_size * setup.length
-    return {
-        "parameters": round(width * whole * share[2]),
+    tokens = setup.batch_size * setup.sequences * setup.length
+    found = {
+        "parameters": round((base + adapter) * share[2]),
         "gradients": round(width * trained * share[1]),
         "optimizer": round(state * trained * share[0]),
         "activations": ACTIVATIONS * width // 2 * tokens * model.hidden * model.layers,
         "buffers": 2 * width * min(BUCKET, trained) if setup.zero_stage else 0,
         "process": PROCESS[setup.gpu],
     }
+    if setup.reference:
+        found["reference"] = round(width * model.parameters * share[2])
+    if setup.generates:
+        found["generation"] = 2 * width * tokens * model.key_value * model.layers
+    return found
 
 
 def advice(model: Model, setup: Setup, available: int, adapters: bool) -> list[str]:

@@ -83,6 +83,9 @@ class EndpointService(endpoint_pb2_grpc.EndpointServiceServicer):
             ref = parse_version_ref(route.model_version, f"endpoint.routes[{number}].model_version", "models", who.project)
             version = registry.find_model(session, who.project, ref)
             artifact = registered(version)
+            if artifact.model_kind == "reward":
+                why = f"{artifact.name} gives scores and no text; a reward model is not deployed, it rewards in grpo and rloo"
+                raise InvalidArgument.of([Violation(f"endpoint.routes[{number}].model_version", why)])
             route.model_version = artifact.name
             artifacts[artifact.name] = messages.document(artifact)
         if len(artifacts) < len(desired.routes):

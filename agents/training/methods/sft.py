@@ -53,7 +53,7 @@ def run_sft(
 ) -> TrainedModel:
     """Fine-tune on this rank and leave the model in the context's output folder. Every rank has to call it.
 
-    With `quantization`, how transformers quantises weights, the base is loaded in it. `raw` rows are texts without prompts, which are
+    With `quantization`, how transformers quantises weights, the base is loaded in it. `raw` rows are texts without prompts,
     learned as they stand; the engine that serves does not score these, so that it is done here, before and after.
     """
     config, watch = context.config, context.watch

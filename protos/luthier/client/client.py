@@ -232,7 +232,7 @@ class Client(TenancyCalls):
     ) -> dataset_pb2.DatasetVersion:
         """Send a JSONL, CSV or Parquet file up as the next version of data set `name`, and return that version.
 
-        `columns` maps parts of a row (prompt, completion, text, label, messages, split) to the file's columns.
+        `columns` maps parts of a row (prompt, completion, chosen, rejected, text, label, messages, split) to the file's columns.
         """
         path = _existing_file(path)
         header = dataset_pb2.UploadDatasetHeader(

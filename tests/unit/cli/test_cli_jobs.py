@@ -398,3 +398,38 @@ def test_what_a_job_would_need_is_told_before_anything_is_spent(luthier, fake: F
     ran = luthier(*TRAIN, "--validate-only")
     assert "number 2, waits for its turn" in ran.stdout + ran.stderr
     assert fake.called("CreateJob")[-1].request.validate_only
+
+
+def test_rewards_and_preferences_are_flags(luthier, fake: FakeCoordinator, tmp_path: Path) -> None:
+    source = tmp_path / "mine.py"
+    source.write_text("def reward(prompt, completion, answer):\n    return 1.0\n")
+    worth = ["exact_match", "numeric=0.5", "regex=^a=b$", "reward_model=judge@2", f"function={source}"]
+    flags = ["--method", "grpo", "--adapter", "--beta", "0.01", "--num-generations", "4", "--max-completion-length", "32"]
+    assert luthier(*TRAIN, *flags, *(part for each in worth for part in ("--reward", each))).status == 0
+    spec = sent(fake).finetune
+    assert spec.HasField("lora")
+    assert not spec.HasField("preference")
+    asked = spec.reinforcement
+    assert (asked.beta, asked.num_generations, asked.max_completion_length) == (0.01, 4, 32)
+    assert [reward.WhichOneof("kind") for reward in asked.rewards] == [each.partition("=")[0] for each in worth]
+    assert asked.rewards[1].numeric.absolute_tolerance == 0.5
+    assert asked.rewards[2].regex.pattern == "^a=b$"
+    assert asked.rewards[4].function.source == source.read_text()
+    luthier(*TRAIN, "--method", "dpo", "--beta", "0.2", "--preference-loss", "ipo")
+    assert sent(fake).finetune.preference == training_pb2.PreferenceConfig(beta=0.2, loss="ipo")
+
+
+@pytest.mark.parametrize(
+    ("reward", "says"),
+    [
+        ("magic", "there is no reward 'magic'"),
+        ("regex", "regex needs a value, regex=PATTERN"),
+        ("similarity=2", "similarity takes no value"),
+        ("numeric=much", "could not convert"),
+        ("function=/nowhere.py", "No such file"),
+    ],
+)
+def test_a_reward_that_cannot_be_read_is_told(luthier, reward: str, says: str) -> None:
+    ran = luthier(*TRAIN, "--method", "grpo", "--reward", reward)
+    assert ran.status == 2
+    assert says in ran.stderr

@@ -184,3 +184,15 @@ async def test_a_hubs_model_is_not_guessed_at(store: Store, rows: None) -> None:
     found = (await estimate(store, "default", wanted(), hub, CLUSTER)).memory
     assert (found.fit, found.bytes) == (estimate_pb2.FIT_UNKNOWN, 0)
     assert "luthier model import" in found.reason
+
+
+def test_a_reference_generation_pairs_and_four_bits_are_counted() -> None:
+    plain = memory.parts(LLAMA_8B, FULL)
+    found = memory.parts(LLAMA_8B, replace(FULL, reference=True, generates=True))
+    assert found["reference"] == plain["parameters"]
+    # Keys and values of 2048 tokens, 1024 wide in 32 layers, in 16 bits.
+    assert found["generation"] == 2 * 2 * 2048 * 1024 * 32
+    assert memory.parts(LLAMA_8B, replace(FULL, sequences=2))["activations"] == 2 * plain["activations"]
+    lora = replace(FULL, lora_rank=16, workers=1, zero_stage=0)
+    saved = memory.parts(LLAMA_8B, lora)["parameters"] - memory.parts(LLAMA_8B, replace(lora, four_bits=True))["parameters"]
+    assert saved == pytest.approx((2 - 4.127 / 8) * LLAMA_8B.parameters, rel=1e-6)
