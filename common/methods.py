@@ -24,7 +24,7 @@ KTO_LOSSES = ("kto", "apo_zero_unpaired")
 REWARD_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 MAX_REWARDS = 16
 MAX_SOURCE = 65_536
-_SHAPE_WORDS = {
+_SHAPE_WORDS: dict[int, str] = {
     dataset_pb2.ROW_SHAPE_CHAT: "chats",
     dataset_pb2.ROW_SHAPE_PROMPT_COMPLETION: "prompts with completions",
     dataset_pb2.ROW_SHAPE_TEXT_LABEL: "texts with labels",

@@ -26,7 +26,7 @@ from luthier.agent.v1 import agent_pb2
 from luthier.v1 import job_pb2, model_pb2
 
 MAX_LOG_LINE = 8000
-_KINDS: dict[str, model_pb2.ModelKind] = {
+_KINDS: dict[str, model_pb2.ModelKind.ValueType] = {
     "adapter": model_pb2.MODEL_KIND_ADAPTER,
     "reward": model_pb2.MODEL_KIND_REWARD,
 }
