@@ -59,7 +59,7 @@ async def resolve(store: Store, project: str, job: job_pb2.Job, paths_allowed: b
         if base.model_kind == "adapter":
             why = f"{spec.base} is an adapter and cannot be trained on; name the model it adapts"
             raise InvalidArgument.of([Violation(f"{path}.base", why)])
-        _no_reward_model(base, f"{path}.base", "trained on")
+        no_reward_model(base, f"{path}.base", "trained on")
         spec.base = base.name
         for number, reward in enumerate(spec.reinforcement.rewards):
             if reward.WhichOneof("kind") == "reward_model":
@@ -73,7 +73,7 @@ async def resolve(store: Store, project: str, job: job_pb2.Job, paths_allowed: b
         job.evaluate.split = job.evaluate.split or "test"
         _need_split(dataset, job.evaluate.split, "job.evaluate.split", "evaluate on")
         resolved.inputs["model"] = await model(store, project, job.evaluate.model, "job.evaluate.model", paths_allowed, hub_token)
-        _no_reward_model(resolved.inputs["model"], "job.evaluate.model", "evaluated on answers")
+        no_reward_model(resolved.inputs["model"], "job.evaluate.model", "evaluated on answers")
         job.evaluate.model = resolved.inputs["model"].name
     else:
         source = job.import_model.source
@@ -134,7 +134,8 @@ async def _reward_model(store: Store, project: str, text: str, where: str) -> ag
     return found
 
 
-def _no_reward_model(artifact: agent_pb2.Artifact, where: str, what: str) -> None:
+def no_reward_model(artifact: agent_pb2.Artifact, where: str, what: str) -> None:
+    """Raise InvalidArgument naming a field where a reward model stands for one that writes text."""
     if artifact.model_kind == "reward":
         why = f"{artifact.name} gives scores and no text, and cannot be {what}; it rewards in the methods grpo and rloo"
         raise InvalidArgument.of([Violation(where, why)])

@@ -21,7 +21,7 @@ from coordinator.endpoints.rollout import Counts
 from coordinator.endpoints.rollout import check as check_rollout
 from coordinator.jobs.admission import check_limit
 from coordinator.jobs.reconcile import Reconciler
-from coordinator.jobs.resolve import registered
+from coordinator.jobs.resolve import no_reward_model, registered
 from coordinator.notify import Notifier
 from coordinator.services import paging
 from coordinator.services.principal import Context, Principal, principal
@@ -83,9 +83,7 @@ class EndpointService(endpoint_pb2_grpc.EndpointServiceServicer):
             ref = parse_version_ref(route.model_version, f"endpoint.routes[{number}].model_version", "models", who.project)
             version = registry.find_model(session, who.project, ref)
             artifact = registered(version)
-            if artifact.model_kind == "reward":
-                why = f"{artifact.name} gives scores and no text; a reward model is not deployed, it rewards in grpo and rloo"
-                raise InvalidArgument.of([Violation(f"endpoint.routes[{number}].model_version", why)])
+            no_reward_model(artifact, f"endpoint.routes[{number}].model_version", "deployed")
             route.model_version = artifact.name
             artifacts[artifact.name] = messages.document(artifact)
         if len(artifacts) < len(desired.routes):

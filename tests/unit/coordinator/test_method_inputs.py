@@ -10,9 +10,10 @@ from google.protobuf import json_format
 
 from common.errors import InvalidArgument, LuthierError
 from coordinator import registry
-from coordinator.jobs.resolve import Resolved, resolve
+from coordinator.jobs.resolve import Resolved, no_reward_model, registered, resolve
 from coordinator.jobs.resources import fill_in
 from coordinator.jobs.validate import validate
+from coordinator.store import tables
 from coordinator.store.database import Store
 from luthier.v1 import dataset_pb2, job_pb2, model_pb2
 
@@ -86,6 +87,12 @@ def test_a_reward_model_is_neither_trained_on_nor_evaluated(filled: Store) -> No
     assert _refused(filled, _job(base="judge@1"))[0] == "job.finetune.base"
     evaluate = json_format.ParseDict({"evaluate": {"model": "judge@1", "dataset": "answers"}}, job_pb2.Job())
     assert _refused(filled, evaluate)[0] == "job.evaluate.model"
+
+
+def test_a_reward_model_is_not_deployed(filled: Store) -> None:
+    judge = filled.read_now(lambda session: registered(session.get_one(tables.ModelVersion, ("default", "judge", 1))))
+    with pytest.raises(InvalidArgument, match="gives scores and no text, and cannot be deployed"):
+        no_reward_model(judge, "endpoint.routes[0].model_version", "deployed")
 
 
 def test_weights_in_four_bits_without_gpus_are_refused_at_submission() -> None:

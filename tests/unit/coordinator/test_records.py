@@ -12,6 +12,7 @@ from sqlmodel import Session, SQLModel, col, select
 
 from common.errors import AlreadyExists, FailedPrecondition, PermissionDenied
 from coordinator.jobs import records, report
+from coordinator.jobs.resolve import registered
 from coordinator.jobs.states import ACTIVE, MOVES, SOURCES, TERMINAL, EndReason, State
 from coordinator.jobs.tokens import claim_token
 from coordinator.store import tables
@@ -167,6 +168,15 @@ def test_success_registers_the_model_in_the_same_breath(store: Store, new_job: N
     assert store.read_now(lambda session: session.get_one(tables.Model, ("default", "m"))).latest == 1
     terminal = [event for event in events(store, job.uid) if State(event.state) in TERMINAL]
     assert len(terminal) == 1
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter", "reward"])
+def test_a_model_is_registered_as_what_it_is(store: Store, new_job: NewJob, kind: str) -> None:
+    job = new_job()
+    start(store, job)
+    send(store, job, outcome(1, model=agent_pb2.ProducedModel(uri="file:///m", content_hash="c" * 64, model_kind=kind)))
+    version = store.read_now(lambda session: session.get_one(tables.ModelVersion, ("default", "m", 1)))
+    assert registered(version).model_kind == kind
 
 
 def test_the_failure_that_came_first_is_the_root_cause(store: Store, new_job: NewJob) -> None:
