@@ -105,6 +105,9 @@ def violations(spec: training_pb2.FinetuneSpec, path: str) -> list[Violation]:
     bad: list[Violation] = []
     if method == "qlora" and spec.sharding.zero_stage == 3:
         bad.append(Violation(f"{path}sharding.zero_stage", "4-bit weights cannot be spread over workers; use 0, 1 or 2"))
+    if method == "kto" and spec.hyperparameters.HasField("batch_size") and spec.hyperparameters.batch_size < 2:
+        why = "has to be at least 2 for method kto, which estimates a divergence from the other rows of a micro-batch"
+        bad.append(Violation(f"{path}hyperparameters.batch_size", why))
     for name in ("preference", "reinforcement"):
         if spec.HasField(name) and facts.settings != name:
             takers = ", ".join(each for each, other in METHODS.items() if other.settings == name)

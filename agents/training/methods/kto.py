@@ -13,7 +13,6 @@ from agents.training.context import TrainContext, TrainedModel
 from agents.training.distributed import gather
 from agents.training.methods.preference import answer_logprobs, run_preference
 from agents.training.methods.trainer import WatchedTrainer, arguments, longest
-from common.errors import InvalidArgument, Violation
 
 
 class _Collator(DataCollatorForUnpairedPreference):  # type: ignore[misc]
@@ -49,11 +48,7 @@ class KtoMethod:
     model_kind = "full"
 
     def run(self, context: TrainContext) -> TrainedModel:
-        """Train on this rank. Raises InvalidArgument where micro-batches have one row: nothing is left to estimate from."""
-        config = context.config
-        if config.batch_size < 2:
-            why = "has to be at least 2 for method kto, which estimates a divergence from the other rows of a micro-batch"
-            raise InvalidArgument.of([Violation("hyperparameters.batch_size", why)])
+        """Train on this rank."""
         return run_preference(context, _Trainer, open_judged, lambda rows: _arguments(context, rows), _measure)
 
 

@@ -109,6 +109,10 @@ def test_weights_in_four_bits_are_not_spread() -> None:
     assert list(_told(_spec("qlora", sharding={"zero_stage": 3}))) == ["f.sharding.zero_stage"]
 
 
+def test_a_row_alone_tells_nothing_of_a_divergence() -> None:
+    assert list(_told(_spec("kto", hyperparameters={"batch_size": 1}))) == ["f.hyperparameters.batch_size"]
+
+
 @pytest.mark.parametrize(
     ("method", "adapter", "reference"),
     [("dpo", True, False), ("dpo", False, True), ("grpo", False, False), ("rloo", False, True), ("full", False, False)],
