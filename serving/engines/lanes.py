@@ -19,6 +19,7 @@ from common.errors import Unavailable
 from serving.engines.adapters import AdapterBank
 from serving.engines.base import Done, Lanes, Request
 from serving.engines.decoding import Row, choose, likelihoods
+from serving.engines.prefixes import PrefixStore
 from serving.engines.slots import SlotCache
 
 logger = logging.getLogger(__name__)
@@ -80,11 +81,12 @@ class ContinuousLanes(Lanes):
         self._end_tokens = end_tokens
         self._model = model
         self._pad = pad
-        self._budget = budget_bytes
+        self._budget = budget_bytes // 2  # the rest is for adapters and for beginnings that prompts share
         self._max_rows = max_rows
         self._additive = model.config._attn_implementation == "eager"
         self._chunk = CHUNK_TOKENS.get(model.device.type, CHUNK_TOKENS["cuda"])
         self._adapters = AdapterBank(model, budget_bytes // 4)
+        self._prefixes = PrefixStore(budget_bytes // 4)
         self._cache = SlotCache()
         self._queue: deque[Lane] = deque()
         # Slots are taken in this order: those that are answered, then those whose prompts are being computed.
@@ -166,10 +168,13 @@ class ContinuousLanes(Lanes):
         """Compute a piece of the first prompts: several whole ones, or a part of a long one."""
         lanes: list[Lane] = []
         width = 0
+        self._begin_where_others_were()
         for lane in self._reading:
             widest = max(width, min(lane.left, self._chunk))
             if lanes and (widest * (len(lanes) + 1) > self._chunk or lane.left > self._chunk or lanes[0].left > self._chunk):
                 break
+            if lanes and self._prefixes.length(lane.adapter, lane.row.ids):
+                break  # it takes that when it is first
             lanes.append(lane)
             width = widest
         tokens, positions, places = [], [], []
@@ -183,10 +188,27 @@ class ContinuousLanes(Lanes):
         logits = self._forward(len(self._answered), lanes, tokens, positions, places)
         ready = [number for number, lane in enumerate(lanes) if not lane.left]
         if ready:
+            self._keep_beginnings(len(self._answered), lanes)
             for lane in lanes:
                 self._reading.remove(lane)
             self._answered += lanes
             self._choose(logits, lanes)
+
+    def _begin_where_others_were(self) -> None:
+        """Take the beginning of the next prompt from what is kept, if it is not begun yet."""
+        lane = self._reading[0]
+        if lane.computed:
+            return
+        if length := self._prefixes.length(lane.adapter, lane.row.ids):
+            self._cache.put(len(self._answered), self._prefixes.take(lane.adapter, lane.row.ids[:length]), length)
+            lane.computed = length
+
+    def _keep_beginnings(self, first: int, lanes: Sequence[Lane]) -> None:
+        """Keep what prompts that were just read share with earlier ones."""
+        for slot, lane in enumerate(lanes, first):
+            prompt = lane.row.ids[: lane.row.prompt_tokens]
+            if shared := self._prefixes.worth(lane.adapter, prompt):
+                self._prefixes.keep(lane.adapter, prompt[:shared], self._cache.take(slot, shared))
 
     def _answer(self) -> None:
         # Those whose first token was chosen just now have one that is not computed yet, like all others.

@@ -88,6 +88,8 @@ class SlotCache(Cache):  # type: ignore[misc]
 
     def put(self, slot: int, kept: list[tuple[torch.Tensor, torch.Tensor]], length: int) -> None:
         """Write the first positions of what `take` returned into a slot."""
+        if not self._layers:
+            self._layers = [(self._empty(keys[None]), self._empty(values[None])) for keys, values in kept]
         for (keys, values), (old_keys, old_values) in zip(self._layers, kept, strict=True):
             keys[slot, :, :length] = old_keys[:, :length]
             values[slot, :, :length] = old_values[:, :length]

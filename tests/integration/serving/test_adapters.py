@@ -149,6 +149,19 @@ def test_what_took_anothers_place_is_nothing_but_itself(engine: TransformersEngi
     assert generate(lanes, [request]) == [alone]
 
 
+def test_a_beginning_is_its_adapters_own(engine: TransformersEngine, adapters: dict[str, Path]) -> None:
+    system = "please refund the invoice of the printer on the second floor " * 4
+    requests = [
+        Request(system + end, SamplingParams(max_tokens=6), adapter=name)
+        for end in "abcd"
+        for name in ("", "plain", "decomposed")
+    ]
+    alone = [generate(with_adapters(engine, adapters), [request])[0] for request in requests]
+    lanes = with_adapters(engine, adapters)
+    assert [generate(lanes, [request])[0] for request in requests] == alone
+    assert lanes._prefixes.reused_tokens > 0
+
+
 def change(folder: Path, target: Path, tensors: Any = None, **config: Any) -> Path:
     """A copy of an adapter with something else in it."""
     target.mkdir()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from serving.engines import Completion, Request, SamplingParams, load_engine, slots
+from serving.engines import Completion, Request, SamplingParams, load_engine, prefixes, slots
 from serving.engines.lanes import ContinuousLanes, fits
 from serving.engines.static import StaticLanes
 from serving.engines.transformers_engine import TransformersEngine
@@ -166,6 +166,51 @@ def test_who_leaves_makes_room_at_the_next_token(engine: TransformersEngine) -> 
     while lanes.busy:
         lanes.step()
     assert found["second"].completion_tokens in (1, 2)  # type: ignore[union-attr]
+
+
+SYSTEM = "please refund the invoice of the printer on the second floor " * 4
+
+
+def counted(lanes: ContinuousLanes, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each pass over prompts."""
+    seen: list[int] = []
+    forward = lanes._forward
+
+    def count(first: int, who: Any, tokens: list[list[int]], *rest: Any) -> torch.Tensor:
+        if len(tokens[0]) > 1 or not who[0].row.generated:
+            seen.append(sum(place >= 0 for places in rest[1] for place in places))
+        return forward(first, who, tokens, *rest)
+
+    monkeypatch.setattr(lanes, "_forward", count)
+    return seen
+
+
+def test_a_beginning_that_prompts_share_is_computed_twice_and_then_no_more(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [Request(SYSTEM + prompt, SamplingParams(max_tokens=6)) for prompt in prompts(8)]
+    alone = [generate(lanes_of(engine), [request])[0] for request in asked]
+    lanes = lanes_of(engine)
+    seen = counted(lanes, monkeypatch)
+    assert [generate(lanes, [request])[0] for request in asked] == alone
+    whole = [len(engine._codec.encode(request.prompt)) for request in asked]
+    shared = len(engine._codec.encode(SYSTEM)) // prefixes.BLOCK * prefixes.BLOCK
+    assert shared >= prefixes.BLOCK
+    assert seen[:2] == whole[:2]
+    assert all(read <= length - shared for read, length in zip(seen[2:], whole[2:], strict=True))
+    assert lanes._prefixes.reused_tokens >= 6 * shared
+    # Together it is the same, and so it is for one that takes another's slot.
+    assert generate(lanes, asked, every=1) == alone
+    assert generate(lanes, asked) == alone
+
+
+def test_beginnings_are_kept_up_to_so_many_bytes(engine: TransformersEngine) -> None:
+    lanes = lanes_of(engine, budget=2**18)
+    for number in range(12):
+        text = f"{number} " + SYSTEM
+        generate(lanes, [Request(text + end, SamplingParams(max_tokens=2)) for end in ("a", "b", "c")])
+    kept = sum(keys.nbytes + values.nbytes for _, layers in lanes._prefixes._kept.values() for keys, values in layers)
+    assert 0 < kept == lanes._prefixes._bytes <= 2**16
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "mistral"])
