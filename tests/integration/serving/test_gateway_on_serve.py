@@ -59,7 +59,9 @@ class Stack:
         self.ray.serve(render(self.spec, list(self.apps.values()), Snapshot(keys, endpoints)))
 
     def client(self, token: str = "good") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=token, max_retries=0, timeout=60)
+        # What is kept of an earlier answer would come in one piece.
+        headers = {"x-luthier-cache": "off"}
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=token, max_retries=0, timeout=60, default_headers=headers)
 
     def post(self, body: Any, token: str = "good", **kwargs: Any) -> httpx.Response:
         headers = {"authorization": f"Bearer {token}", **kwargs.pop("headers", {})}
