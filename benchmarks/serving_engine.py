@@ -1,8 +1,8 @@
 """Tokens a second of the engine: sixteen answers at once against transformers' `generate`, and eight adapters mixed and in turn.
 
 One Llama of four million parameters with random weights, which never ends an answer by itself; 64 greedy tokens each, two
-threads. `generate` is transformers' own, on the sixteen prompts as one padded batch, which is its best case: all of them are there
-at the beginning and end together. In turn means one adapter's answer after the other, by an engine that has one at a time.
+threads. `generate` is transformers' own, on the sixteen prompts as one padded batch, which is its best case: all of them are
+there at the beginning and end together. In turn means one adapter's answer after the other, by an engine that has one at a time.
 """
 
 from __future__ import annotations
